@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The engine: everything that is known about pages, and the operations that keep it consistent.
+//!
+//! The parts work on it in turn: `scan.rs` decides which page is next, `merge.rs` what to do with it,
+//! `unmerge.rs` undoes it. All of it is under one mutex, taken for one batch at a time (`ksmd.rs`).
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    arena::{
+        Arena,
+        Id, //
+    },
+    hash,
+    items::{
+        ContentHash,
+        PageItem,
+        Rmap,
+        State, //
+    },
+    mm::node::RmapItem,
+    registry::SlotId,
+    scan::{
+        Batch,
+        Cursor, //
+    },
+    slots::Slots,
+    stable_tree::StableTree,
+    stats::Stats,
+    unstable_tree::UnstableTree, //
+};
+use kernel::{
+    alloc::Flags,
+    prelude::*,
+    sync::Arc, //
+};
+
+/// Knobs that the engine goes by, as they were when a batch began.
+#[derive(Clone, Copy)]
+pub(crate) struct Policy {
+    /// Most mappings of one KSM page, but for those that a fork makes.
+    pub(crate) max_page_sharing: u32,
+}
+
+/// All that is known about pages.
+pub(crate) struct Engine {
+    pub(crate) key: hash::Key,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) slots: Slots,
+    pub(crate) items: Arena<PageItem>,
+    pub(crate) rmaps: Arena<Rmap>,
+    pub(crate) stable: StableTree,
+    pub(crate) unstable: UnstableTree,
+    pub(crate) cursor: Cursor,
+    pub(crate) batch: Batch,
+    /// Stable nodes without a known mapping, to be dropped once their page is gone.
+    pub(crate) orphans: KVVec<Id>,
+    /// An orphan could not be noted for want of memory: all nodes must be looked at.
+    pub(crate) orphan_missed: bool,
+    /// Whether pages of different NUMA nodes may be merged.
+    pub(crate) merge_across_nodes: bool,
+}
+
+impl Engine {
+    /// An engine that knows nothing. Sleeps.
+    pub(crate) fn new(seed: u64, stats: Arc<Stats>) -> Result<Self> {
+        Ok(Self {
+            key: hash::Key::new(seed),
+            stats,
+            slots: Slots::new(),
+            items: Arena::new(),
+            rmaps: Arena::new(),
+            stable: StableTree::new()?,
+            unstable: UnstableTree::new()?,
+            cursor: Cursor::default(),
+            batch: Batch::new()?,
+            orphans: KVVec::new(),
+            orphan_missed: false,
+            merge_across_nodes: true,
+        })
+    }
+
+    /// The forest for pages of a NUMA node.
+    pub(crate) fn forest_of(&self, nid: usize) -> usize {
+        if self.merge_across_nodes {
+            0
+        } else {
+            nid
+        }
+    }
+
+    /// Takes an item out of whatever tree it is in. Its hash is kept unless it was merged. Sleeps.
+    pub(crate) fn detach(&mut self, id: Id) {
+        match self.items.get(id).map(PageItem::state) {
+            Some(State::Unstable(_)) => self.unstable.remove(&mut self.items, id, &self.stats),
+            Some(State::Merged(rmap)) => self.detach_merged(rmap),
+            Some(State::Idle) | None => {}
+        }
+    }
+
+    fn detach_merged(&mut self, rmap: Id) {
+        let Some(node_id) = self.rmaps.get(rmap).and_then(|rmap| rmap.node) else {
+            return;
+        };
+        let Some(node) = self.stable.node_mut(node_id) else {
+            return;
+        };
+        let Some(page) = node.page() else {
+            self.retire(node_id);
+            return;
+        };
+        let lock = page.lock();
+        if let Some(item) = self.rmaps.get_mut(rmap).and_then(|rmap| rmap.item.as_mut()) {
+            node.unlink(&lock, item);
+        }
+        let empty = node.sharers() == 0;
+        if empty {
+            self.stats.pages_shared.down();
+        } else {
+            self.stats.pages_sharing.down();
+        }
+        let unused = empty && node.release(&lock);
+        drop(lock);
+        drop(page);
+        self.forget_rmap(rmap);
+        if unused {
+            drop(self.stable.remove(node_id));
+        } else if empty && self.orphans.push(node_id, GFP_KERNEL).is_err() {
+            self.orphan_missed = true;
+        }
+    }
+
+    /// Empties and drops a stable node whose page is gone. Sleeps.
+    pub(crate) fn retire(&mut self, node_id: Id) {
+        while let Some(node) = self.stable.node_mut(node_id) {
+            let Some(owner) = node.first_owner() else {
+                break;
+            };
+            let Some(State::Merged(rmap)) = self.items.get(owner).map(PageItem::state) else {
+                // Cannot be: linked items belong to merged records. The node is leaked below.
+                break;
+            };
+            let Some(item) = self.rmaps.get_mut(rmap).and_then(|rmap| rmap.item.as_mut()) else {
+                break;
+            };
+            if !node.unlink_stale(item) {
+                break;
+            }
+            if node.sharers() == 0 {
+                self.stats.pages_shared.down();
+            } else {
+                self.stats.pages_sharing.down();
+            }
+            self.forget_rmap(rmap);
+            crate::mm::breathe();
+        }
+        drop(self.stable.remove(node_id));
+    }
+
+    /// Drops the record of a mapping that is in no node's list any more; its item is idle then.
+    fn forget_rmap(&mut self, rmap: Id) {
+        let Some(item) = self.rmaps.remove(rmap).and_then(|rmap| rmap.item) else {
+            return;
+        };
+        let owner = item.owner();
+        drop(item);
+        let Some(item) = self.items.get_mut(owner) else {
+            return;
+        };
+        item.set_idle(ContentHash::default());
+        let slot = item.slot();
+        if let Some(slot) = self.slots.get(slot) {
+            slot.space.count_merging_pages(-1);
+        }
+    }
+
+    /// Records that an item's page has become a mapping of a node's page, which is locked by `lock`.
+    ///
+    /// On failure the page stays as it is and the item is given back: the caller has to unshare it.
+    pub(crate) fn attach(
+        &mut self,
+        id: Id,
+        node_id: Id,
+        mut rmap: MergedRmap,
+        lock: &crate::mm::page::PageLock<'_>,
+    ) -> Result<(), MergedRmap> {
+        let Some(node) = self.stable.node_mut(node_id) else {
+            return Err(rmap);
+        };
+        let Some(record) = self.rmaps.get_mut(rmap.id) else {
+            return Err(rmap);
+        };
+        if node.link(lock, &mut rmap.item).is_err() {
+            return Err(rmap);
+        }
+        if node.sharers() == 1 {
+            self.stats.pages_shared.up();
+        } else {
+            self.stats.pages_sharing.up();
+        }
+        record.item = Some(rmap.item);
+        record.node = Some(node_id);
+        if let Some(item) = self.items.get_mut(id) {
+            item.set_merged(rmap.id);
+            let slot = item.slot();
+            if let Some(slot) = self.slots.get(slot) {
+                slot.space.count_merging_pages(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that recording a merge of the item's page will take, allocated before the merge. Sleeps.
+    pub(crate) fn prepare_rmap(&mut self, id: Id) -> Result<MergedRmap> {
+        let item = self.items.get(id).ok_or(ENOENT)?;
+        let slot = self.slots.get(item.slot()).ok_or(ENOENT)?;
+        let made = RmapItem::new(id, &slot.space, item.address(), merge_flags())
+            .and_then(|item| Ok((self.rmaps.insert(Rmap::default(), merge_flags())?, item)));
+        match made {
+            Ok((id, item)) => Ok(MergedRmap { id, item }),
+            Err(error) => {
+                self.stats.alloc_failures.up();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Gives back what [`Engine::prepare_rmap`] allocated.
+    pub(crate) fn discard_rmap(&mut self, rmap: MergedRmap) {
+        self.rmaps.remove(rmap.id);
+        drop(rmap.item);
+    }
+
+    /// Frees items of an address space from the lowest address up, `most` at the most. Returns whether all
+    /// are gone. Sleeps.
+    pub(crate) fn free_items(&mut self, slot: SlotId, most: usize) -> bool {
+        if self.cursor.slot == Some(slot) {
+            self.cursor.rewind();
+        }
+        for _ in 0..most {
+            let Some(first) = self.slots.get(slot).map(|slot| slot.first) else {
+                return true;
+            };
+            if first.is_nil() {
+                return true;
+            }
+            let next = self.free_item(slot, first);
+            if let Some(slot) = self.slots.get_mut(slot) {
+                slot.first = next;
+            }
+        }
+        self.slots.get(slot).is_none_or(|slot| slot.first.is_nil())
+    }
+
+    /// Frees an item that the caller takes out of its list; returns the one behind it. Sleeps.
+    pub(crate) fn free_item(&mut self, slot: SlotId, id: Id) -> Id {
+        self.detach(id);
+        let Some(item) = self.items.remove(id) else {
+            return Id::NIL;
+        };
+        self.stats.rmap_items.down();
+        if let Some(slot) = self.slots.get(slot) {
+            slot.space.count_rmap_items(-1);
+        }
+        crate::mm::breathe();
+        item.next()
+    }
+
+    /// Drops stable nodes without mappings whose pages are gone by now. Sleeps.
+    pub(crate) fn sweep_orphans(&mut self) {
+        if core::mem::take(&mut self.orphan_missed) {
+            let mut at = self.stable.first();
+            while let Some(id) = at {
+                at = self.stable.next(id);
+                let empty = self.stable.node(id).is_some_and(|node| node.sharers() == 0);
+                if empty && !self.drop_if_unused(id) && !self.orphans.contains(&id) {
+                    self.orphan_missed |= self.orphans.push(id, GFP_KERNEL).is_err();
+                }
+            }
+        }
+        let mut orphans = core::mem::replace(&mut self.orphans, KVVec::new());
+        orphans.retain(|id| {
+            // Ids are used again: an orphan may have found mappings, or be another node by now.
+            let empty = self.stable.node(*id).is_some_and(|node| node.sharers() == 0);
+            empty && !self.drop_if_unused(*id)
+        });
+        self.orphans = orphans;
+    }
+
+    /// Drops a stable node if its page is gone or no page table maps it any more. Sleeps.
+    pub(crate) fn drop_if_unused(&mut self, id: Id) -> bool {
+        let Some(node) = self.stable.node_mut(id) else {
+            return true;
+        };
+        if let Some(page) = node.page() {
+            let lock = page.lock();
+            if node.sharers() != 0 || !node.release(&lock) {
+                return false;
+            }
+            drop(lock);
+            drop(self.stable.remove(id));
+        } else {
+            self.retire(id);
+        }
+        crate::mm::breathe();
+        true
+    }
+}
+
+/// What is needed to record a merge.
+pub(crate) struct MergedRmap {
+    /// The empty record.
+    id: Id,
+    /// The structure for the core.
+    pub(crate) item: RmapItem,
+}
+
+/// For records of pages: not worth reclaiming anything, so without memory at hand the page is left alone.
+pub(crate) fn record_flags() -> Flags {
+    GFP_NOWAIT | __GFP_NOWARN
+}
+
+/// For what a merge takes: it saves more than it costs.
+pub(crate) fn merge_flags() -> Flags {
+    GFP_KERNEL | __GFP_NOWARN
+}

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What ksm_rs needs of the kernel that the `kernel` crate's own bindings do not have: a few types, and
+ * wrappers (helpers.c) of inline functions, macros and unexported functions.  Kbuild runs bindgen over it.
+ */
+#ifndef KSM_RS_HELPERS_H
+#define KSM_RS_HELPERS_H
+
+#include <linux/mm.h>
+#include <linux/freezer.h>
+#include <linux/kallsyms.h>
+#include <linux/kobject.h>
+#include <linux/kprobes.h>
+#include <linux/ksm.h>
+#include <linux/kthread.h>
+#include <linux/leafops.h>
+#include <linux/memory.h>
+#include <linux/mm_inline.h>
+#include <linux/mmu_notifier.h>
+#include <linux/oom.h>
+#include <linux/pagewalk.h>
+#include <linux/rmap.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
+#include <linux/static_call.h>
+#include <linux/swap.h>
+#include <linux/sysfs.h>
+#include <linux/tracepoint.h>
+#include <linux/wait.h>
+
+/* Declared in mm/internal.h and mm/swap.h, which are no part of a kernel's header package. */
+pmd_t *mm_find_pmd(struct mm_struct *mm, unsigned long address);
+void __put_anon_vma(struct anon_vma *anon_vma);
+
+/*
+ * One line per unexported function that we call: return type, name, parameters, arguments.  Each makes the
+ * wrapper ksm_rs_NAME() and ksm_rs_bind_NAME(), which symbols.rs calls once with the address.
+ */
+#define KSM_RS_UNEXPORTED(CALL, VOID_CALL) \
+	CALL(unsigned long, kallsyms_lookup_name, (const char *name), (name)) \
+	CALL(int, walk_page_range_vma, \
+	     (struct vm_area_struct *vma, unsigned long start, unsigned long end, \
+	      const struct mm_walk_ops *ops, void *private), \
+	     (vma, start, end, ops, private)) \
+	CALL(struct page *, vm_normal_page, \
+	     (struct vm_area_struct *vma, unsigned long addr, pte_t pte), (vma, addr, pte)) \
+	CALL(pmd_t *, mm_find_pmd, (struct mm_struct *mm, unsigned long address), (mm, address)) \
+	CALL(pte_t *, pte_offset_map_lock, \
+	     (struct mm_struct *mm, pmd_t *pmd, unsigned long addr, spinlock_t **ptlp), \
+	     (mm, pmd, addr, ptlp)) \
+	CALL(pte_t, ptep_clear_flush, \
+	     (struct vm_area_struct *vma, unsigned long address, pte_t *ptep), (vma, address, ptep)) \
+	VOID_CALL(folio_add_anon_rmap_ptes, \
+		  (struct folio *folio, struct page *page, int nr_pages, struct vm_area_struct *vma, \
+		   unsigned long address, rmap_t flags), \
+		  (folio, page, nr_pages, vma, address, flags)) \
+	VOID_CALL(folio_remove_rmap_ptes, \
+		  (struct folio *folio, struct page *page, int nr_pages, struct vm_area_struct *vma), \
+		  (folio, page, nr_pages, vma)) \
+	CALL(bool, folio_free_swap, (struct folio *folio), (folio)) \
+	VOID_CALL(__put_anon_vma, (struct anon_vma *anon_vma), (anon_vma)) \
+	VOID_CALL(lru_add_drain_all, (void), ()) \
+	CALL(int, __mmu_notifier_invalidate_range_start, (struct mmu_notifier_range *range), (range)) \
+	VOID_CALL(__mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range), (range)) \
+	KSM_RS_UNEXPORTED_THP(CALL)
+
+#ifdef CONFIG_TRANSPARENT_HUGEPAGE
+#define KSM_RS_UNEXPORTED_THP(CALL) \
+	CALL(struct page *, vm_normal_page_pmd, \
+	     (struct vm_area_struct *vma, unsigned long addr, pmd_t pmd), (vma, addr, pmd)) \
+	CALL(int, __split_huge_page_to_list_to_order, \
+	     (struct page *page, struct list_head *list, unsigned int new_order), \
+	     (page, list, new_order))
+#else
+#define KSM_RS_UNEXPORTED_THP(CALL)
+#endif
+
+#define KSM_RS_DECLARE(ret, name, params, args) \
+	ret ksm_rs_##name params; \
+	void ksm_rs_bind_##name(unsigned long address);
+#define KSM_RS_DECLARE_VOID(name, params, args) KSM_RS_DECLARE(void, name, params, args)
+KSM_RS_UNEXPORTED(KSM_RS_DECLARE, KSM_RS_DECLARE_VOID)
+
+/* Folios and pages. */
+struct folio *ksm_rs_page_folio(struct page *page);
+struct page *ksm_rs_folio_page(struct folio *folio);
+void ksm_rs_folio_get(struct folio *folio);
+bool ksm_rs_folio_try_get(struct folio *folio);
+void ksm_rs_folio_put(struct folio *folio);
+bool ksm_rs_folio_trylock(struct folio *folio);
+void ksm_rs_folio_lock(struct folio *folio);
+void ksm_rs_folio_unlock(struct folio *folio);
+bool ksm_rs_folio_test_large(struct folio *folio);
+bool ksm_rs_folio_test_anon(struct folio *folio);
+bool ksm_rs_folio_test_ksm(struct folio *folio);
+bool ksm_rs_folio_test_swapcache(struct folio *folio);
+bool ksm_rs_folio_test_dirty(struct folio *folio);
+void ksm_rs_folio_mark_dirty(struct folio *folio);
+void ksm_rs_folio_mark_accessed(struct folio *folio);
+bool ksm_rs_folio_is_zone_device(struct folio *folio);
+bool ksm_rs_folio_mapped(struct folio *folio);
+int ksm_rs_folio_mapcount(struct folio *folio);
+int ksm_rs_folio_ref_count(struct folio *folio);
+unsigned long ksm_rs_page_to_pfn(struct page *page);
+struct folio *ksm_rs_pfn_folio(unsigned long pfn);
+int ksm_rs_pfn_to_nid(unsigned long pfn);
+void *ksm_rs_folio_mapping(struct folio *folio);
+void ksm_rs_folio_set_mapping(struct folio *folio, void *mapping);
+bool ksm_rs_page_anon_exclusive(struct page *page);
+int ksm_rs_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page);
+int ksm_rs_split_huge_page(struct page *page);
+
+/* VMAs and address spaces. */
+bool ksm_rs_vma_mergeable(struct vm_area_struct *vma);
+unsigned long ksm_rs_linear_page_index(struct vm_area_struct *vma, unsigned long addr);
+bool ksm_rs_mm_mergeable(struct mm_struct *mm);
+bool ksm_rs_mm_tlb_flush_pending(struct mm_struct *mm);
+bool ksm_rs_mmap_lock_contended(struct mm_struct *mm);
+unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr);
+void ksm_rs_flush_anon_page(struct vm_area_struct *vma, struct page *page, unsigned long addr);
+void ksm_rs_flush_cache_page(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn);
+void ksm_rs_get_anon_vma(struct anon_vma *anon_vma);
+void ksm_rs_put_anon_vma(struct anon_vma *anon_vma);
+void ksm_rs_notifier_range_start(struct mmu_notifier_range *range, struct mm_struct *mm, unsigned long start);
+void ksm_rs_notifier_range_end(struct mmu_notifier_range *range);
+
+/* Page tables. */
+pmd_t ksm_rs_pmdp_get_lockless(pmd_t *pmdp);
+bool ksm_rs_pmd_present(pmd_t pmd);
+bool ksm_rs_pmd_leaf(pmd_t pmd);
+spinlock_t *ksm_rs_pmd_lock(struct mm_struct *mm, pmd_t *pmdp);
+void ksm_rs_spin_unlock(spinlock_t *lock);
+struct page *ksm_rs_pmd_page(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd);
+pte_t ksm_rs_ptep_get(pte_t *ptep);
+bool ksm_rs_pte_none(pte_t pte);
+bool ksm_rs_pte_present(pte_t pte);
+bool ksm_rs_pte_write(pte_t pte);
+bool ksm_rs_pte_dirty(pte_t pte);
+bool ksm_rs_pte_same(pte_t a, pte_t b);
+bool ksm_rs_pte_is_ksm_zero(pte_t pte);
+pte_t ksm_rs_pte_mkclean_wrprotect(pte_t pte);
+pte_t ksm_rs_mk_pte(struct page *page, struct vm_area_struct *vma);
+bool ksm_rs_pte_protnone(pte_t pte);
+bool ksm_rs_pte_uffd(pte_t pte);
+pte_t ksm_rs_pte_mkuffd(pte_t pte);
+bool ksm_rs_pte_soft_dirty(pte_t pte);
+pte_t ksm_rs_pte_mksoft_dirty(pte_t pte);
+void ksm_rs_set_pte_at(struct mm_struct *mm, unsigned long addr, pte_t *ptep, pte_t pte);
+void ksm_rs_pte_unmap_unlock(pte_t *ptep, spinlock_t *ptl);
+struct folio *ksm_rs_pte_migration_folio(pte_t pte);
+
+/* Tasks, the thread, waiting. */
+struct task_struct *ksm_rs_next_task(struct task_struct *task);
+struct task_struct *ksm_rs_next_thread(struct task_struct *task);
+struct mm_struct *ksm_rs_task_user_mm(struct task_struct *task);
+void ksm_rs_task_lock(struct task_struct *task);
+void ksm_rs_task_unlock(struct task_struct *task);
+struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data);
+void ksm_rs_set_user_nice(long nice);
+bool ksm_rs_freezing(void);
+void ksm_rs_cond_resched(void);
+void ksm_rs_init_waitqueue(struct wait_queue_head *queue);
+void ksm_rs_wake_up(struct wait_queue_head *queue);
+long ksm_rs_wait_freezable(struct wait_queue_head *queue, const int *flag, long timeout);
+void ksm_rs_set_oom_origin(bool on);
+void ksm_rs_tracepoint_synchronize(void);
+int ksm_rs_register_memory_notifier(struct notifier_block *block);
+void ksm_rs_unregister_memory_notifier(struct notifier_block *block);
+
+#endif

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is written to the files of `/sys/kernel/mm/ksm_rs`: parsing, bounds, errors; all as stock has them.
+
+#![forbid(unsafe_code)]
+
+use crate::parse;
+use kernel::{
+    prelude::*,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    }, //
+};
+
+/// What the thread does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Run {
+    /// Nothing; what is merged stays merged.
+    Stop = 0,
+    /// Scan and merge.
+    Merge = 1,
+    /// Nothing; what was merged has been given pages of its own again.
+    Unmerge = 2,
+}
+
+impl Run {
+    /// From a number; `None` if it is none of these.
+    pub(crate) fn from_number(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(Self::Stop),
+            1 => Some(Self::Merge),
+            2 => Some(Self::Unmerge),
+            _ => None,
+        }
+    }
+}
+
+/// What `run` takes: 0, 1 or 2; `EINVAL` for all else.
+pub(crate) fn run(text: &CStr) -> Result<Run> {
+    let number = parse::uint(text).map_err(|_| EINVAL)?;
+    Run::from_number(number).ok_or(EINVAL)
+}
+
+/// What `sleep_millisecs` and `pages_to_scan` take: any `unsigned int`; `EINVAL` for all else.
+pub(crate) fn any_uint(text: &CStr) -> Result<u32> {
+    parse::uint(text).map_err(|_| EINVAL)
+}
+
+/// What `merge_across_nodes` takes: 0 or 1. `ERANGE` past an `unsigned long`, else `EINVAL`.
+pub(crate) fn merge_across_nodes(text: &CStr) -> Result<bool> {
+    match parse::ulong(text)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(EINVAL),
+    }
+}
+
+/// What `max_page_sharing` takes: an `int` from 2 up. `ERANGE` past an `int`, else `EINVAL`.
+pub(crate) fn max_page_sharing(text: &CStr) -> Result<u32> {
+    match parse::int(text)? {
+        limit if limit >= 2 => Ok(limit.unsigned_abs()),
+        _ => Err(EINVAL),
+    }
+}
+
+/// The knobs. Written by whoever writes the files, read by anybody.
+pub(crate) struct Knobs {
+    run: Atomic<u32>,
+    pages_to_scan: Atomic<u32>,
+    sleep_millisecs: Atomic<u32>,
+    max_page_sharing: Atomic<u32>,
+}
+
+impl Knobs {
+    /// Stock's defaults.
+    pub(crate) const fn new() -> Self {
+        Self {
+            run: Atomic::new(Run::Stop as u32),
+            pages_to_scan: Atomic::new(100),
+            sleep_millisecs: Atomic::new(20),
+            max_page_sharing: Atomic::new(256),
+        }
+    }
+
+    /// What the thread does.
+    pub(crate) fn run(&self) -> Run {
+        Run::from_number(self.run.load(Relaxed)).unwrap_or(Run::Stop)
+    }
+
+    /// Sets what the thread does.
+    pub(crate) fn set_run(&self, run: Run) {
+        self.run.store(run as u32, Relaxed);
+    }
+
+    /// Pages to scan between two sleeps.
+    pub(crate) fn pages_to_scan(&self) -> u32 {
+        self.pages_to_scan.load(Relaxed)
+    }
+
+    /// Sets the pages to scan between two sleeps.
+    pub(crate) fn set_pages_to_scan(&self, pages: u32) {
+        self.pages_to_scan.store(pages, Relaxed);
+    }
+
+    /// Milliseconds to sleep in between.
+    pub(crate) fn sleep_millisecs(&self) -> u32 {
+        self.sleep_millisecs.load(Relaxed)
+    }
+
+    /// Sets the milliseconds to sleep in between.
+    pub(crate) fn set_sleep_millisecs(&self, millisecs: u32) {
+        self.sleep_millisecs.store(millisecs, Relaxed);
+    }
+
+    /// Most mappings of one KSM page.
+    pub(crate) fn max_page_sharing(&self) -> u32 {
+        self.max_page_sharing.load(Relaxed)
+    }
+
+    /// Sets the most mappings of one KSM page.
+    pub(crate) fn set_max_page_sharing(&self, limit: u32) {
+        self.max_page_sharing.store(limit, Relaxed);
+    }
+}

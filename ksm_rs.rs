@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kernel Samepage Merging in Rust, as a module for an unmodified kernel.
+//!
+//! Linux knows what a KSM page is and how to reclaim, migrate and unshare it; this module makes such pages,
+//! in the place of the core's own `mm/ksm.c`. Data flows one way: [`ksmd`] (when) → [`scan`] (which page) →
+//! [`merge`] (what to do with it) → the trees (what is like it) → [`mm`] (make it so). The README has the
+//! picture.
+//!
+//! This file is the order of bring-up and its mirror image.
+
+use crate::{
+    btf::Btf,
+    knobs::Run,
+    ksmd::Ksm,
+    kthread::Thread,
+    mm::hotplug::Notifier,
+    registry::Registry,
+    stock::{
+        Stock,
+        Symlink, //
+    },
+    symbols::Variables,
+    sysfs::Directory,
+    tracepoints::Probes, //
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+mod arena;
+mod btf;
+mod engine;
+mod forest;
+mod hash;
+mod items;
+mod knobs;
+mod ksmd;
+mod kthread;
+mod layout;
+mod merge;
+mod mm;
+mod parse;
+mod rbtree;
+mod registry;
+mod scan;
+mod slots;
+mod stable_tree;
+mod stats;
+mod stock;
+mod symbols;
+mod sysfs;
+mod tracepoints;
+mod unmerge;
+mod unstable_tree;
+
+module! {
+    type: KsmRs,
+    name: "ksm_rs",
+    authors: ["The ksm_rs developers"],
+    description: "Kernel Samepage Merging in Rust",
+    license: "GPL",
+    params: {
+        drop_in: bool {
+            default: true,
+            description: "Put a symlink to /sys/kernel/mm/ksm_rs in the place of /sys/kernel/mm/ksm (default: yes)",
+        },
+        kallsyms_lookup_name: u64 {
+            default: 0,
+            description: "Address of the function of this name, for kernels without kprobes (default: found by a kprobe)",
+        },
+        run: u32 {
+            default: 0,
+            description: "Initial value of /sys/kernel/mm/ksm_rs/run: 0, 1 or 2 (default: 0)",
+        },
+    },
+}
+
+/// The module, loaded.
+struct KsmRs {
+    /// `None` once [`Drop`] has begun.
+    up: Option<Up>,
+}
+
+/// What is up, in the order in which it goes down.
+struct Up {
+    symlink: Option<Symlink>,
+    directory: Directory,
+    thread: Thread<Ksm>,
+    ksm: Arc<Ksm>,
+    probes: Probes<Registry>,
+    notifier: Notifier<Ksm>,
+}
+
+impl kernel::Module for KsmRs {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        let run = module_parameters::run.value();
+        let run = Run::from_number(run).ok_or_else(|| {
+            pr_err!("parameter run={run} makes no sense; wanted 0, 1 or 2\n");
+            EINVAL
+        })?;
+        let kallsyms = module_parameters::kallsyms_lookup_name.value();
+
+        let variables = symbols::resolve(kallsyms as usize)?;
+        prove_layout(&variables)?;
+        let stock = Stock::take_over(&variables)?;
+        let registry = Arc::pin_init(Registry::new(), GFP_KERNEL)?;
+        let ksm = Ksm::new(random_seed(), registry.clone(), stock)?;
+        let notifier = Notifier::register(ksm.clone())?;
+        let probes = Probes::register(registry.clone())?;
+        tracepoints::visit_existing(&*registry);
+        let thread = Thread::start(ksm.clone())?;
+        let directory = Directory::create(&ksm.stock, ksm.clone())?;
+        let symlink = if module_parameters::drop_in.value() {
+            Some(Symlink::to(&directory, &ksm.stock)?)
+        } else {
+            None
+        };
+        ksm.set_run(run)?;
+        pr_info!("loaded; /sys/kernel/mm/ksm_rs/run is {}\n", run as u32);
+        Ok(Self {
+            up: Some(Up {
+                symlink,
+                directory,
+                thread,
+                ksm,
+                probes,
+                notifier,
+            }),
+        })
+    }
+}
+
+impl Drop for KsmRs {
+    fn drop(&mut self) {
+        let Some(up) = self.up.take() else { return };
+        // Nobody can ask for anything any more, and nothing new is merged; but forks of what is merged are still
+        // seen, until nothing is.
+        drop(up.symlink);
+        drop(up.directory);
+        drop(up.thread);
+        up.ksm.dismantle();
+        drop(up.probes);
+        drop(up.notifier);
+        // With the last reference the stock KSM is given back.
+        drop(up.ksm);
+        pr_info!("unloaded\n");
+    }
+}
+
+fn random_seed() -> u64 {
+    // SAFETY: May be called in any context.
+    unsafe { mm::bindings::get_random_u64() }
+}
+
+/// Compares our layout of the structures that the core reads with the running kernel's own. Sleeps.
+fn prove_layout(variables: &Variables) -> Result {
+    let length = variables.btf_end.saturating_sub(variables.btf_start);
+    // SAFETY: The linker puts the kernel's type information between these symbols, in read-only memory that
+    // stays.
+    let data = unsafe { core::slice::from_raw_parts(variables.btf_start as *const u8, length) };
+    let btf = Btf::parse(data).map_err(|error| {
+        pr_err!("this kernel's BTF cannot be read ({error}); wanted one that says where KSM's structures have their members: load on a kernel built with CONFIG_DEBUG_INFO_BTF=y\n");
+        EINVAL
+    })?;
+    for wanted in mm::node::WANTED {
+        layout::prove(&btf, wanted).map_err(|mismatch| {
+            pr_err!("{mismatch}; this kernel is too new or too old for this module: get a version of ksm_rs that supports it\n");
+            EINVAL
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! When the engine runs: the thread `ksmd_rs`, the states of `run`, the knobs that change the rules.
+//!
+//! Lock order: `control`, held by whoever changes `run` or the rules, for as long as that takes → the
+//! engine's mutex, held for one batch at a time. What comes below is in `mm/mod.rs`.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    engine::{
+        Engine,
+        Policy, //
+    },
+    knobs::{
+        Knobs,
+        Run, //
+    },
+    kthread::{
+        self,
+        OomOrigin,
+        Work, //
+    },
+    mm::{
+        hotplug::{
+            Bystander,
+            OfflineRange, //
+        },
+        walk::BATCH_PAGES, //
+    },
+    registry::Registry,
+    scan::Progress,
+    stats::Stats,
+    stock::Stock,
+    tracepoints,
+    unmerge::Unmerging, //
+};
+use kernel::{
+    new_condvar,
+    new_mutex,
+    prelude::*,
+    sync::{
+        lock::{
+            mutex::MutexBackend,
+            Guard, //
+        },
+        Arc,
+        CondVar,
+        Mutex, //
+    },
+    time::{
+        delay::fsleep,
+        msecs_to_jiffies,
+        Delta, //
+    }, //
+};
+
+/// How often unload tries again to undo all merges, and how long it waits in between.
+const UNLOAD_TRIES: usize = 300;
+const UNLOAD_PAUSE: Delta = Delta::from_millis(100);
+
+/// What is under the engine's mutex.
+pub(crate) struct State {
+    engine: Engine,
+    /// Memory is going offline: no stable node may be looked at.
+    offlining: bool,
+}
+
+/// Everything that the thread, the files and the notifiers share.
+#[pin_data]
+pub(crate) struct Ksm {
+    pub(crate) knobs: Knobs,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) stock: Stock,
+    #[pin]
+    control: Mutex<()>,
+    #[pin]
+    state: Mutex<State>,
+    /// Signalled when `offlining` ends.
+    #[pin]
+    online: CondVar,
+}
+
+type StateGuard<'a> = Guard<'a, State, MutexBackend>;
+
+impl Ksm {
+    /// A state with stock's defaults and nothing merged. Sleeps.
+    pub(crate) fn new(seed: u64, registry: Arc<Registry>, stock: Stock) -> Result<Arc<Self>> {
+        let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
+        let engine = Engine::new(seed, stats.clone())?;
+        Arc::pin_init(
+            try_pin_init!(Self {
+                knobs: Knobs::new(),
+                stats,
+                registry,
+                stock,
+                control <- new_mutex!((), "ksm_rs::control"),
+                state <- new_mutex!(State { engine, offlining: false }, "ksm_rs::engine"),
+                online <- new_condvar!("ksm_rs::online"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The engine, once no memory is going offline. Sleeps.
+    fn engine(&self) -> StateGuard<'_> {
+        let mut guard = self.state.lock();
+        while guard.offlining {
+            self.online.wait(&mut guard);
+        }
+        guard
+    }
+
+    fn policy(&self) -> Policy {
+        Policy {
+            max_page_sharing: self.knobs.max_page_sharing(),
+        }
+    }
+
+    /// Whether pages of different NUMA nodes are merged. Sleeps.
+    pub(crate) fn merge_across_nodes(&self) -> bool {
+        self.state.lock().engine.merge_across_nodes
+    }
+
+    /// Carries out a write to `run`. Sleeps.
+    ///
+    /// `Err(ENOMEM)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
+    pub(crate) fn set_run(&self, run: Run) -> Result {
+        let _control = self.control.lock();
+        if self.knobs.run() == run {
+            return Ok(());
+        }
+        self.knobs.set_run(run);
+        self.stock.set_unmerging(run == Run::Unmerge);
+        if run == Run::Unmerge {
+            let undone = self.unmerge_all(true);
+            if undone.is_err() {
+                self.knobs.set_run(Run::Stop);
+                self.stock.set_unmerging(false);
+            }
+            undone?;
+        }
+        self.registry.bell().ring();
+        Ok(())
+    }
+
+    /// Carries out a write to `merge_across_nodes`. Sleeps. `Err(EBUSY)`: pages are shared.
+    pub(crate) fn set_merge_across_nodes(&self, across: bool) -> Result {
+        let _control = self.control.lock();
+        let mut guard = self.engine();
+        if guard.engine.merge_across_nodes != across {
+            self.no_stable_nodes(&mut guard.engine)?;
+            guard.engine.merge_across_nodes = across;
+        }
+        Ok(())
+    }
+
+    /// Carries out a write to `max_page_sharing`. Sleeps. `Err(EBUSY)`: pages are shared.
+    pub(crate) fn set_max_page_sharing(&self, limit: u32) -> Result {
+        if self.knobs.max_page_sharing() == limit {
+            return Ok(());
+        }
+        let _control = self.control.lock();
+        let mut guard = self.engine();
+        self.no_stable_nodes(&mut guard.engine)?;
+        self.knobs.set_max_page_sharing(limit);
+        Ok(())
+    }
+
+    fn no_stable_nodes(&self, engine: &mut Engine) -> Result {
+        if self.stats.pages_shared.get() != 0 || engine.drop_stable_nodes() {
+            return Err(EBUSY);
+        }
+        Ok(())
+    }
+
+    /// Gives every merged page of every address space a page of its own. Sleeps.
+    fn unmerge_all(&self, interruptible: bool) -> Result {
+        let _origin = OomOrigin::mark();
+        let mut at = Unmerging::start();
+        loop {
+            // A child of a process that is still merged is merged too; it has a number behind all others, or a lower
+            // one that was free: so go round until nobody new is there.
+            let newcomers = self.take_in(&mut self.engine());
+            if newcomers {
+                at = Unmerging::start();
+            }
+            if interruptible && kernel::current!().signal_pending() {
+                return Err(ERESTARTSYS);
+            }
+            match self.engine().engine.unmerge_some(at)? {
+                Some(next) => at = next,
+                None if self.registry.has_fresh() => {}
+                None => break,
+            }
+            crate::mm::breathe();
+        }
+        let mut guard = self.engine();
+        guard.engine.drop_stable_nodes();
+        guard.engine.start_over();
+        Ok(())
+    }
+
+    /// Adopts fresh address spaces; returns whether there were any. Sleeps.
+    fn take_in(&self, state: &mut State) -> bool {
+        if self.registry.take_missed() {
+            tracepoints::visit_existing(&*self.registry);
+        }
+        let slots = &mut state.engine.slots;
+        let mut any = false;
+        while self.registry.has_fresh() {
+            let Ok(slot) = slots.reserve() else {
+                self.stats.alloc_failures.up();
+                break;
+            };
+            let Some(space) = self.registry.adopt(slot) else {
+                break;
+            };
+            slots.insert(slot, space);
+            any = true;
+        }
+        any
+    }
+
+    /// Frees some of what is known of dead address spaces. Sleeps.
+    fn bury_some(&self) {
+        if let Some((key, slot)) = self.registry.next_dead() {
+            if self.engine().engine.bury(slot, BATCH_PAGES) {
+                self.registry.forget(key);
+            }
+        }
+    }
+
+    /// Scans as many pages as one turn allows. Sleeps.
+    fn scan_turn(&self) {
+        let mut budget = self.knobs.pages_to_scan() as usize;
+        let pause = || {
+            kthread::should_stop() || kthread::freezing() || self.knobs.run() != Run::Merge
+        };
+        while budget > 0 && !pause() {
+            // Let go of after each batch: writers of knobs and memory hotplug wait for it.
+            let mut guard = self.engine();
+            let progress = guard.engine.scan(budget, self.policy(), pause);
+            drop(guard);
+            match progress {
+                Progress::Pages(pages) => budget = budget.saturating_sub(pages),
+                Progress::Nothing | Progress::PassDone => break,
+            }
+            if self.registry.has_dead() {
+                self.bury_some();
+            }
+            crate::mm::breathe();
+        }
+    }
+
+    /// Whether there is something to scan, and it is wanted. Sleeps.
+    fn should_scan(&self) -> bool {
+        self.knobs.run() == Run::Merge && !self.state.lock().engine.slots.is_empty()
+    }
+
+    /// Sleeps between two turns, while dead address spaces are still buried.
+    fn sleep(&self) {
+        let millisecs = self.knobs.sleep_millisecs();
+        let mut left = msecs_to_jiffies(millisecs) as usize;
+        loop {
+            left = self.registry.bell().wait(Some(left));
+            if left == 0
+                || kthread::should_stop()
+                || self.knobs.sleep_millisecs() != millisecs
+                || self.knobs.run() != Run::Merge
+            {
+                break;
+            }
+            while self.registry.has_dead() && !kthread::should_stop() {
+                self.bury_some();
+            }
+        }
+    }
+
+    /// Undoes everything, for unload: no page is merged any more and nobody needs our nodes. Sleeps.
+    ///
+    /// What cannot be undone, for want of memory or as a process hangs in its exit, is left as it is: its nodes
+    /// stay allocated for the core to use.
+    pub(crate) fn dismantle(&self) {
+        let _control = self.control.lock();
+        self.knobs.set_run(Run::Unmerge);
+        self.stock.set_unmerging(true);
+        for _ in 0..UNLOAD_TRIES {
+            let undone = self.unmerge_all(false);
+            while self.registry.has_dead() {
+                self.bury_some();
+            }
+            let left = self.engine().engine.drop_stable_nodes();
+            if undone.is_ok() && !left {
+                break;
+            }
+            fsleep(UNLOAD_PAUSE);
+        }
+        self.registry.close();
+    }
+}
+
+impl Work for Ksm {
+    fn run(&self) {
+        while !kthread::should_stop() {
+            while self.registry.has_dead() && !kthread::should_stop() {
+                self.bury_some();
+            }
+            if self.knobs.run() == Run::Merge {
+                self.take_in(&mut self.engine());
+            }
+            if self.should_scan() {
+                self.scan_turn();
+            }
+            if self.should_scan() {
+                self.sleep();
+            } else {
+                // Arrivals matter only to one who would scan them.
+                self.registry.set_waiting(self.knobs.run() == Run::Merge);
+                if !(self.knobs.run() == Run::Merge && self.registry.has_fresh()) {
+                    self.registry.bell().wait(None);
+                }
+                self.registry.set_waiting(false);
+            }
+        }
+    }
+}
+
+impl Bystander for Ksm {
+    fn hold_still(&self) {
+        self.state.lock().offlining = true;
+    }
+
+    fn go_on(&self, offline: Option<OfflineRange>) {
+        let mut guard = self.state.lock();
+        if let Some(offline) = offline {
+            guard.engine.drop_offline(&offline);
+        }
+        guard.offlining = false;
+        drop(guard);
+        self.online.notify_all();
+    }
+}

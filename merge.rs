@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What to do with a page: look for its like in the stable tree, then in the unstable tree, and merge.
+//!
+//! Hashes only suggest; that two pages are equal is established by the boundary, byte for byte and under
+//! write protection, in the merge itself.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    arena::Id,
+    engine::{
+        Engine,
+        MergedRmap,
+        Policy, //
+    },
+    items::{
+        ContentHash,
+        PageItem,
+        State, //
+    },
+    mm::{
+        node::{
+            NodePage,
+            StableNode, //
+        },
+        page::{
+            KsmPage,
+            NotMerged,
+            PageRef, //
+        },
+        space::AddressSpace, //
+    }, //
+};
+use kernel::prelude::*;
+
+/// What was seen at an address.
+#[derive(Clone, Copy)]
+pub(crate) enum Seen {
+    /// A page of its own, with the hash of its contents and the NUMA node of its memory.
+    Page {
+        /// Hash.
+        hash: ContentHash,
+        /// NUMA node.
+        nid: usize,
+    },
+    /// A mapping of our KSM page with this stable node.
+    Merged(Id),
+    /// A KSM page that is not ours, or not yet.
+    Foreign,
+}
+
+/// How a search in a tree ended.
+enum Found {
+    /// The page is dealt with for this pass.
+    Done,
+    /// Nothing is equal to it.
+    Nothing,
+}
+
+impl Engine {
+    /// What `page` is, to be decided on once the reference is gone.
+    pub(crate) fn see(&self, page: &PageRef) -> Seen {
+        if !page.is_ksm() {
+            return Seen::Page {
+                hash: ContentHash::new(page.hash(&self.key)),
+                nid: page.nid(),
+            };
+        }
+        match StableNode::owner_of(page) {
+            Some(id) if self.stable.node(id).is_some_and(|node| node.stands_for(page)) => {
+                Seen::Merged(id)
+            }
+            _ => Seen::Foreign,
+        }
+    }
+
+    /// Decides on the page of an item. Sleeps.
+    pub(crate) fn consider(&mut self, id: Id, seen: Seen, policy: Policy) {
+        match seen {
+            Seen::Page { hash, nid } => self.consider_page(id, hash, nid, policy),
+            Seen::Merged(node) => self.consider_merged(id, node),
+            Seen::Foreign => {
+                self.detach(id);
+                // Left over from a merge that could not be recorded, or taken back, for want of memory.
+                self.unshare(id);
+            }
+        }
+    }
+
+    fn consider_page(&mut self, id: Id, hash: ContentHash, nid: usize, policy: Policy) {
+        // Not a KSM page, so the item's place in a tree, if it has one, is history.
+        self.detach(id);
+        let Some(item) = self.items.get_mut(id) else {
+            return;
+        };
+        if item.hash() != hash {
+            // It changes often, or was never seen: not worth a search.
+            item.set_idle(hash);
+            return;
+        }
+        let nid = self.forest_of(nid);
+        if let Found::Done = self.merge_with_stable(id, hash, nid, policy) {
+            return;
+        }
+        if let Found::Done = self.merge_with_unstable(id, hash, nid) {
+            return;
+        }
+        self.unstable.insert(&mut self.items, id, nid, &self.stats);
+    }
+
+    /// A mapping of a merged page: known already, or made by a fork, which does not ask for any limit.
+    fn consider_merged(&mut self, id: Id, node_id: Id) {
+        if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
+            if self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
+                return;
+            }
+        }
+        self.detach(id);
+        let Some(node) = self.stable.node_mut(node_id) else {
+            return;
+        };
+        match node.try_page() {
+            NodePage::Live(page) => {
+                let _ = self.merge_with(id, node_id, &page);
+            }
+            NodePage::Busy => {}
+            NodePage::Stale => self.retire(node_id),
+        }
+    }
+
+    fn merge_with_stable(
+        &mut self,
+        id: Id,
+        hash: ContentHash,
+        nid: usize,
+        policy: Policy,
+    ) -> Found {
+        let mut candidate = self.stable.first_equal(nid, hash);
+        while let Some(node_id) = candidate {
+            candidate = self.stable.next_equal(node_id);
+            let Some(node) = self.stable.node_mut(node_id) else {
+                continue;
+            };
+            let page = match node.try_page() {
+                NodePage::Live(page) => page,
+                NodePage::Busy => return Found::Done,
+                NodePage::Stale => {
+                    self.retire(node_id);
+                    continue;
+                }
+            };
+            // A node without a mapping is about to lose its page; one with too many has got its share.
+            let sharers = node.sharers();
+            if sharers == 0 || sharers >= policy.max_page_sharing {
+                continue;
+            }
+            let home = self.forest_of(page.nid());
+            if home != nid {
+                self.stable.rehome(node_id, home);
+                continue;
+            }
+            match self.merge_with(id, node_id, &page) {
+                Err(NotMerged::Different) => {}
+                Ok(()) | Err(_) => return Found::Done,
+            }
+        }
+        Found::Nothing
+    }
+
+    /// Maps a node's page in the place of the item's page and records it. Sleeps.
+    fn merge_with(&mut self, id: Id, node_id: Id, page: &KsmPage) -> Result<(), NotMerged> {
+        let mut rmap = self.prepare_rmap(id).map_err(|_| NotMerged::Busy)?;
+        if let Err(why) = self.map_in_place(id, page, &mut rmap) {
+            self.discard_rmap(rmap);
+            return Err(why);
+        }
+        let lock = page.lock();
+        let attached = self.attach(id, node_id, rmap, &lock);
+        drop(lock);
+        attached.map_err(|rmap| {
+            self.undo(id, rmap);
+            NotMerged::Busy
+        })
+    }
+
+    /// Maps `kpage` in the place of the item's page, if they are equal. Sleeps.
+    fn map_in_place(
+        &self,
+        id: Id,
+        kpage: &KsmPage,
+        rmap: &mut MergedRmap,
+    ) -> Result<(), NotMerged> {
+        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
+        let entered = space.enter().ok_or(NotMerged::Gone)?;
+        let locked = entered.lock();
+        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
+        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
+        if page.is(kpage) {
+            // There already: a fork's child, or a parent's.
+            rmap.item.bind(&vma);
+            return Ok(());
+        }
+        if page.is_ksm() {
+            return Err(NotMerged::Gone);
+        }
+        let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+        if page.is_large() {
+            // A huge page is not given up for a hash.
+            if !page.same_contents(kpage) {
+                return Err(NotMerged::Different);
+            }
+            lock.split()?;
+        }
+        vma.replace(address, &lock, kpage)?;
+        rmap.item.bind(&vma);
+        Ok(())
+    }
+
+    fn merge_with_unstable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
+        let mut candidate = self.unstable.first_equal(&self.items, nid, hash);
+        while let Some(other) = candidate {
+            candidate = self.unstable.next_equal(&self.items, nid, other);
+            match self.merge_pair(id, other, nid) {
+                Err(NotMerged::Different) => {}
+                Ok(()) | Err(_) => return Found::Done,
+            }
+        }
+        Found::Nothing
+    }
+
+    /// Merges the pages of two items: that of `id` becomes a KSM page, which is mapped in the place of that of
+    /// `other` too.
+    ///
+    /// `Different` says that `other` is not the one to merge with; all else that `id` is done with for this
+    /// pass. Sleeps.
+    fn merge_pair(&mut self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
+        self.check_pair(id, other, nid)?;
+
+        // All that can fail for want of memory comes before the first page is touched.
+        let mut rmap = self.prepare_rmap(id).map_err(|_| NotMerged::Busy)?;
+        let mut other_rmap = match self.prepare_rmap(other) {
+            Ok(rmap) => rmap,
+            Err(_) => {
+                self.discard_rmap(rmap);
+                return Err(NotMerged::Busy);
+            }
+        };
+        let Ok(node_id) = self.stable.prepare() else {
+            self.stats.alloc_failures.up();
+            self.discard_rmap(rmap);
+            self.discard_rmap(other_rmap);
+            return Err(NotMerged::Busy);
+        };
+
+        let merged = self.make_ksm(id, &mut rmap).and_then(|page| {
+            match self.map_in_place(other, &page, &mut other_rmap) {
+                Ok(()) => Ok(page),
+                Err(why) => {
+                    drop(page);
+                    self.unshare(id);
+                    Err(why)
+                }
+            }
+        });
+        let page = match merged {
+            Ok(page) => page,
+            Err(why) => {
+                drop(self.stable.remove(node_id));
+                self.discard_rmap(rmap);
+                self.discard_rmap(other_rmap);
+                // The other's page may have changed in the last moment, but then so may this one's: next pass.
+                return Err(match why {
+                    NotMerged::Different => NotMerged::Busy,
+                    why => why,
+                });
+            }
+        };
+
+        let hash = self.items.get(id).map(PageItem::hash).unwrap_or_default();
+        self.detach(other);
+        let lock = page.lock();
+        let adopted = self
+            .stable
+            .node_mut(node_id)
+            .is_some_and(|node| node.adopt(&lock).is_ok());
+        if !adopted {
+            drop(lock);
+            drop(page);
+            drop(self.stable.remove(node_id));
+            self.undo(id, rmap);
+            self.undo(other, other_rmap);
+            return Err(NotMerged::Busy);
+        }
+        let home = self.forest_of(page.nid());
+        self.stable.plant(node_id, hash, home);
+        let first = self.attach(other, node_id, other_rmap, &lock);
+        let second = self.attach(id, node_id, rmap, &lock);
+        drop(lock);
+        drop(page);
+        if let Err(rmap) = first {
+            self.undo(other, rmap);
+        }
+        if let Err(rmap) = second {
+            self.undo(id, rmap);
+        }
+        Ok(())
+    }
+
+    /// Whether the pages of two items are worth a try, without touching either; splits those of huge pages.
+    fn check_pair(&self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
+        let page = self.fetch(id).ok_or(NotMerged::Gone)?;
+        let other_page = self.fetch(other).ok_or(NotMerged::Different)?;
+        if page.is(&other_page) || page.is_ksm() {
+            // Shared by a fork, or merged in some other way.
+            return Err(NotMerged::Gone);
+        }
+        if other_page.is_ksm() || !page.same_contents(&other_page) {
+            return Err(NotMerged::Different);
+        }
+        if self.forest_of(other_page.nid()) != nid {
+            return Err(NotMerged::Gone);
+        }
+        // A page that cannot be merged must not keep those behind it from merging with each other.
+        if other_page.has_other_users() {
+            return Err(NotMerged::Different);
+        }
+        if page.has_other_users() {
+            return Err(NotMerged::Busy);
+        }
+        // Splitting wants no other reference than that of the one who asks for it, and both may be pages of one
+        // huge page.
+        let other_large = other_page.is_large();
+        drop(other_page);
+        if page.is_large() {
+            page.try_lock().ok_or(NotMerged::Busy)?.split()?;
+        }
+        drop(page);
+        if other_large {
+            let page = self.fetch(other).ok_or(NotMerged::Gone)?;
+            if page.is_large() {
+                page.try_lock().ok_or(NotMerged::Busy)?.split()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns the item's page into a KSM page. Sleeps.
+    fn make_ksm(&self, id: Id, rmap: &mut MergedRmap) -> Result<KsmPage, NotMerged> {
+        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
+        let entered = space.enter().ok_or(NotMerged::Gone)?;
+        let locked = entered.lock();
+        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
+        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
+        let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+        let page = vma.make_ksm(address, &lock)?;
+        rmap.item.bind(&vma);
+        Ok(page)
+    }
+
+    /// Takes a merge back that could not be recorded. Sleeps.
+    fn undo(&mut self, id: Id, rmap: MergedRmap) {
+        self.discard_rmap(rmap);
+        self.unshare(id);
+    }
+
+    /// Gives the item's address a page of its own, if a KSM page is mapped there. Without memory for it, it
+    /// stays a KSM page, which the next pass finds. Sleeps.
+    fn unshare(&self, id: Id) {
+        let Some((space, address)) = self.place_of(id) else {
+            return;
+        };
+        let Some(entered) = space.enter() else { return };
+        let locked = entered.lock();
+        if let Some(vma) = locked.mergeable_at(address) {
+            let end = address.saturating_add(kernel::page::PAGE_SIZE);
+            if vma.unshare(address, end).is_err() {
+                self.stats.alloc_failures.up();
+            }
+        }
+    }
+
+    /// The page of an item, with a reference. Sleeps.
+    fn fetch(&self, id: Id) -> Option<PageRef> {
+        let (space, address) = self.place_of(id)?;
+        let entered = space.enter()?;
+        let locked = entered.lock();
+        locked.mergeable_at(address)?.page_at(address)
+    }
+
+    fn place_of(&self, id: Id) -> Option<(&AddressSpace, usize)> {
+        let item = self.items.get(id)?;
+        Some((&self.slots.get(item.slot())?.space, item.address()))
+    }
+}

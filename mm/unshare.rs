@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Undoing a merge: giving a mapping an exclusive anonymous page again.
+
+use super::{
+    bindings,
+    space::Vma, //
+};
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+impl Vma<'_> {
+    /// Gives every mapping of a KSM page in `[from, to)` a private copy, by an unsharing fault as
+    /// `MADV_UNMERGEABLE` causes it. Sleeps.
+    ///
+    /// `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
+    pub(crate) fn unshare(&self, from: usize, to: usize) -> Result {
+        let mut address = from;
+        while let Some(at) = self.next_ksm_page(address, to) {
+            // The fault may back out without having done anything, so the same address is looked at again.
+            address = at;
+            // SAFETY: The mmap lock is held for reading and `at` lies in the VMA.
+            let fault = unsafe { bindings::ksm_rs_unshare(self.as_ptr(), at) };
+            if fault & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
+                return Err(ENOMEM);
+            }
+            if fault
+                & (bindings::vm_fault_reason_VM_FAULT_SIGBUS
+                    | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
+                    | bindings::vm_fault_reason_VM_FAULT_HWPOISON)
+                != 0
+            {
+                // Truncated under us, or poisoned: there is nothing to copy any more.
+                address = at.wrapping_add(PAGE_SIZE);
+            }
+            super::breathe();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Walking page tables: gathering candidates for merging, finding KSM pages to unmerge.
+
+use super::{
+    bindings,
+    page::PageRef,
+    space::Vma, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    ffi,
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+/// Bytes that one page table (one PMD entry) maps.
+pub(crate) const PAGE_TABLE_SPAN: usize = 1 << bindings::PMD_SHIFT;
+
+/// Most candidates a batch can hold: one page table's worth.
+pub(crate) const BATCH_PAGES: usize = PAGE_TABLE_SPAN / PAGE_SIZE;
+
+/// An anonymous page found in a page table.
+pub(crate) struct Found {
+    /// Where it is mapped, page-aligned.
+    pub(crate) address: usize,
+    /// The page.
+    pub(crate) page: PageRef,
+}
+
+/// What `pmd_entry` callbacks share with their caller.
+struct Gather<'a> {
+    found: &'a mut KVec<Found>,
+    limit: usize,
+    /// Where the next gathering goes on.
+    resume: usize,
+}
+
+impl Vma<'_> {
+    /// Collects anonymous pages mapped in `[from, end of the VMA)`, in address order, with a reference on
+    /// each, into the spare capacity of `found`: those of the first page table that has any, at the most
+    /// `limit`. Page tables without any are passed over until somebody waits for the mmap lock.
+    ///
+    /// Returns the address to go on from. Sleeps between page tables, never allocates.
+    pub(crate) fn gather(&self, from: usize, limit: usize, found: &mut KVec<Found>) -> usize {
+        let from = from.max(self.start());
+        if from >= self.end() {
+            return self.end();
+        }
+        let mut gather = Gather {
+            found,
+            limit,
+            resume: self.end(),
+        };
+        // SAFETY: The mmap lock is held for reading, the range lies inside the VMA, and `gather` outlives the
+        // walk.
+        let stopped = unsafe {
+            bindings::ksm_rs_walk_page_range_vma(
+                self.as_ptr(),
+                from,
+                self.end(),
+                &GATHER_OPS.0,
+                (&raw mut gather).cast(),
+            )
+        };
+        if stopped == 0 {
+            gather.resume = self.end();
+        }
+        gather.resume
+    }
+
+    /// The anonymous page mapped at `address`, with a reference.
+    pub(crate) fn page_at(&self, address: usize) -> Option<PageRef> {
+        let mut found = None;
+        // SAFETY: The mmap lock is held for reading; the caller's address is checked to lie inside the VMA; the
+        // callback writes to `found` only during the walk.
+        unsafe {
+            if address < self.start() || address >= self.end() {
+                return None;
+            }
+            bindings::ksm_rs_walk_page_range_vma(
+                self.as_ptr(),
+                address,
+                address.wrapping_add(PAGE_SIZE),
+                &PAGE_AT_OPS.0,
+                (&raw mut found).cast(),
+            );
+        }
+        found
+    }
+
+    /// The first address in `[from, to)` where a KSM page, or a zero page that KSM put there, is mapped.
+    pub(super) fn next_ksm_page(&self, from: usize, to: usize) -> Option<usize> {
+        let mut address = 0usize;
+        // SAFETY: The mmap lock is held for reading; the range is cut to the VMA; `address` outlives the walk.
+        let found = unsafe {
+            let (from, to) = (from.max(self.start()), to.min(self.end()));
+            if from >= to {
+                return None;
+            }
+            bindings::ksm_rs_walk_page_range_vma(
+                self.as_ptr(),
+                from,
+                to,
+                &KSM_PAGE_OPS.0,
+                (&raw mut address).cast(),
+            )
+        };
+        (found > 0).then_some(address)
+    }
+}
+
+/// `mm_walk_ops` in a static.
+struct WalkOps(bindings::mm_walk_ops);
+
+// SAFETY: The core only reads it.
+unsafe impl Sync for WalkOps {}
+
+type PmdEntry = unsafe extern "C" fn(
+    *mut bindings::pmd_t,
+    ffi::c_ulong,
+    ffi::c_ulong,
+    *mut bindings::mm_walk,
+) -> ffi::c_int;
+
+const fn walk_ops(pmd_entry: PmdEntry) -> WalkOps {
+    WalkOps(bindings::mm_walk_ops {
+        pgd_entry: None,
+        p4d_entry: None,
+        pud_entry: None,
+        pmd_entry: Some(pmd_entry),
+        pte_entry: None,
+        pte_hole: None,
+        hugetlb_entry: None,
+        test_walk: None,
+        pre_vma: None,
+        post_vma: None,
+        install_pte: None,
+        walk_lock: bindings::page_walk_lock_PGWALK_RDLOCK,
+    })
+}
+
+static GATHER_OPS: WalkOps = walk_ops(gather_pmd_entry);
+static PAGE_AT_OPS: WalkOps = walk_ops(page_at_pmd_entry);
+static KSM_PAGE_OPS: WalkOps = walk_ops(ksm_page_pmd_entry);
+
+/// Takes a reference on `page` if it is an anonymous page of ordinary memory.
+///
+/// # Safety
+///
+/// `page` must be null or mapped by a page table entry whose lock the caller holds.
+unsafe fn anon_page(page: *mut bindings::page) -> Option<PageRef> {
+    let page = NonNull::new(page)?;
+    // SAFETY: The entry that maps the page holds a reference on its folio, and cannot go away as long as its
+    // lock is held.
+    unsafe {
+        let folio = bindings::ksm_rs_page_folio(page.as_ptr());
+        if bindings::ksm_rs_folio_is_zone_device(folio) || !bindings::ksm_rs_folio_test_anon(folio) {
+            return None;
+        }
+        bindings::ksm_rs_folio_get(folio);
+        Some(PageRef::from_raw(page))
+    }
+}
+
+/// Calls `each` with the address of every anonymous page that the page table, or the huge page, behind
+/// `pmdp` maps in `[address, end)`, under its lock, until `each` answers `false`.
+///
+/// # Safety
+///
+/// The arguments must be those of a `pmd_entry` callback.
+unsafe fn for_each_anon_page(
+    pmdp: *mut bindings::pmd_t,
+    mut address: usize,
+    end: usize,
+    walk: *mut bindings::mm_walk,
+    mut each: impl FnMut(usize, PageRef) -> bool,
+) {
+    // SAFETY: The walker hands us a valid PMD entry of `walk.mm`, whose mmap lock is held. Every entry is read
+    // under the lock of its table; the lock is released on every path.
+    unsafe {
+        let (mm, vma) = ((*walk).mm, (*walk).vma);
+        let pmd = bindings::ksm_rs_pmdp_get_lockless(pmdp);
+        if !bindings::ksm_rs_pmd_present(pmd) {
+            return;
+        }
+        if bindings::ksm_rs_pmd_leaf(pmd) {
+            let lock = bindings::ksm_rs_pmd_lock(mm, pmdp);
+            let pmd = bindings::ksm_rs_pmdp_get_lockless(pmdp);
+            let huge = bindings::ksm_rs_pmd_present(pmd) && bindings::ksm_rs_pmd_leaf(pmd);
+            if huge {
+                let head = bindings::ksm_rs_pmd_page(vma, address, pmd);
+                while !head.is_null() && address < end {
+                    let index = (address & (PAGE_TABLE_SPAN - 1)) / PAGE_SIZE;
+                    // A page of ordinary memory, as the pages of a huge page lie side by side.
+                    let Some(page) = anon_page(head.add(index)) else {
+                        break;
+                    };
+                    if !each(address, page) {
+                        break;
+                    }
+                    address = address.wrapping_add(PAGE_SIZE);
+                }
+            }
+            bindings::ksm_rs_spin_unlock(lock);
+            if huge {
+                return;
+            }
+        }
+
+        let mut lock = core::ptr::null_mut();
+        let first = bindings::ksm_rs_pte_offset_map_lock(mm, pmdp, address, &mut lock);
+        if first.is_null() {
+            return;
+        }
+        let mut ptep = first;
+        while address < end {
+            let pte = bindings::ksm_rs_ptep_get(ptep);
+            if bindings::ksm_rs_pte_present(pte) {
+                let page = bindings::ksm_rs_vm_normal_page(vma, address, pte);
+                if let Some(page) = anon_page(page) {
+                    if !each(address, page) {
+                        break;
+                    }
+                }
+            }
+            address = address.wrapping_add(PAGE_SIZE);
+            ptep = ptep.add(1);
+        }
+        bindings::ksm_rs_pte_unmap_unlock(first, lock);
+    }
+}
+
+unsafe extern "C" fn gather_pmd_entry(
+    pmdp: *mut bindings::pmd_t,
+    address: ffi::c_ulong,
+    end: ffi::c_ulong,
+    walk: *mut bindings::mm_walk,
+) -> ffi::c_int {
+    // SAFETY: `gather()` passed a `Gather` that outlives the walk and is used by nobody else during it.
+    let gather = unsafe { &mut *(*walk).private.cast::<Gather<'_>>() };
+    gather.resume = end;
+    // SAFETY: Our arguments are those of a `pmd_entry` callback.
+    unsafe {
+        for_each_anon_page(pmdp, address, end, walk, |address, page| {
+            let full = gather.found.len() >= gather.limit;
+            // A vector without room drops the page again, and the walk goes on from there.
+            let pushed = !full && gather.found.push_within_capacity(Found { address, page }).is_ok();
+            if !pushed {
+                gather.resume = address;
+            }
+            pushed
+        })
+    };
+    if !gather.found.is_empty() {
+        return 1;
+    }
+    super::breathe();
+    // SAFETY: The walk's mm is valid.
+    let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
+    ffi::c_int::from(contended)
+}
+
+unsafe extern "C" fn page_at_pmd_entry(
+    pmdp: *mut bindings::pmd_t,
+    address: ffi::c_ulong,
+    end: ffi::c_ulong,
+    walk: *mut bindings::mm_walk,
+) -> ffi::c_int {
+    // SAFETY: `page_at()` passed a pointer to its result, which is used by nobody else during the walk.
+    let result = unsafe { &mut *(*walk).private.cast::<Option<PageRef>>() };
+    // SAFETY: Our arguments are those of a `pmd_entry` callback.
+    unsafe {
+        for_each_anon_page(pmdp, address, end, walk, |_, page| {
+            *result = Some(page);
+            false
+        })
+    };
+    0
+}
+
+unsafe extern "C" fn ksm_page_pmd_entry(
+    pmdp: *mut bindings::pmd_t,
+    mut address: ffi::c_ulong,
+    end: ffi::c_ulong,
+    walk: *mut bindings::mm_walk,
+) -> ffi::c_int {
+    let mut found = 0;
+    // SAFETY: The walker hands us a valid PMD entry of `walk.mm`, whose mmap lock is held; `private` is the
+    // address that `next_ksm_page()` waits for. Folios are looked at under the lock of the table that maps
+    // them; a migration entry keeps its folio alive in the same way.
+    unsafe {
+        let mut lock = core::ptr::null_mut();
+        let first = bindings::ksm_rs_pte_offset_map_lock((*walk).mm, pmdp, address, &mut lock);
+        if first.is_null() {
+            return 0;
+        }
+        let mut ptep = first;
+        while address < end {
+            let pte = bindings::ksm_rs_ptep_get(ptep);
+            let folio = if bindings::ksm_rs_pte_present(pte) {
+                let page = bindings::ksm_rs_vm_normal_page((*walk).vma, address, pte);
+                if page.is_null() {
+                    core::ptr::null_mut()
+                } else {
+                    bindings::ksm_rs_page_folio(page)
+                }
+            } else if bindings::ksm_rs_pte_none(pte) {
+                core::ptr::null_mut()
+            } else {
+                bindings::ksm_rs_pte_migration_folio(pte)
+            };
+            if (!folio.is_null() && bindings::ksm_rs_folio_test_ksm(folio))
+                || bindings::ksm_rs_pte_is_ksm_zero(pte)
+            {
+                (*walk).private.cast::<ffi::c_ulong>().write(address);
+                found = 1;
+                break;
+            }
+            address = address.wrapping_add(PAGE_SIZE);
+            ptep = ptep.add(1);
+        }
+        bindings::ksm_rs_pte_unmap_unlock(first, lock);
+    }
+    found
+}

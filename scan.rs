@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which page is next: the cursor over address spaces, VMAs and page tables, a batch at a time.
+//!
+//! One turn of the mmap lock and of a page table's lock gathers up to a page table's worth of pages; they
+//! are hashed with no lock held, and their references are given up before anything is decided, as a page
+//! that we hold twice can neither be split nor merged.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    arena::Id,
+    engine::{
+        record_flags,
+        Engine,
+        Policy, //
+    },
+    items::PageItem,
+    merge::Seen,
+    mm::{
+        self,
+        walk::{
+            Found,
+            BATCH_PAGES, //
+        }, //
+    },
+    registry::SlotId, //
+};
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+/// Where the scan is.
+///
+/// # Invariants
+///
+/// If `slot` is set, a pass is going on in that address space; `last` is its item with the highest address
+/// below `address`, or nil if it has none.
+pub(crate) struct Cursor {
+    /// The address space; `None` between passes.
+    pub(crate) slot: Option<SlotId>,
+    address: usize,
+    last: Id,
+}
+
+impl Default for Cursor {
+    fn default() -> Self {
+        Self {
+            slot: None,
+            address: 0,
+            last: Id::NIL,
+        }
+    }
+}
+
+impl Cursor {
+    fn at(slot: SlotId) -> Self {
+        Self {
+            slot: Some(slot),
+            ..Self::default()
+        }
+    }
+
+    /// Back to the start of the address space, whose items are about to be freed.
+    pub(crate) fn rewind(&mut self) {
+        self.address = 0;
+        self.last = Id::NIL;
+    }
+
+    /// Behind a page that has been dealt with, whose item is `last`.
+    fn step(&mut self, address: usize, last: Id) {
+        self.address = address.saturating_add(PAGE_SIZE);
+        self.last = last;
+    }
+
+    /// On to an address behind the last page that was gathered.
+    fn skip_to(&mut self, address: usize) {
+        self.address = self.address.max(address);
+    }
+}
+
+/// Room for a batch, kept from one to the next.
+///
+/// # Invariants
+///
+/// Both vectors have room for [`BATCH_PAGES`].
+pub(crate) struct Batch {
+    found: KVec<Found>,
+    seen: KVec<(usize, Seen)>,
+}
+
+impl Batch {
+    /// An empty batch. Sleeps.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            found: KVec::with_capacity(BATCH_PAGES, GFP_KERNEL)?,
+            seen: KVec::with_capacity(BATCH_PAGES, GFP_KERNEL)?,
+        })
+    }
+}
+
+/// How a call of [`Engine::scan`] ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Looked at this many pages; the pass goes on.
+    Pages(usize),
+    /// There is nothing to scan.
+    Nothing,
+    /// The pass is complete.
+    PassDone,
+}
+
+/// What gathering found.
+enum Gathered {
+    /// Pages; behind them the scan goes on from this address.
+    Pages(usize),
+    /// None yet, somebody waits for the mmap lock; go on from this address.
+    Later(usize),
+    /// No more pages in this address space.
+    End,
+    /// The address space is being torn down.
+    Exiting,
+}
+
+impl Engine {
+    /// Looks at a batch of pages, `budget` at the most, where the last call left off. `pause` is asked between
+    /// pages whether to leave the rest for later. Sleeps.
+    pub(crate) fn scan(
+        &mut self,
+        budget: usize,
+        policy: Policy,
+        pause: impl Fn() -> bool,
+    ) -> Progress {
+        let Some(slot) = self.current_slot() else {
+            return if self.cursor.slot.is_some() {
+                self.finish_pass();
+                Progress::PassDone
+            } else {
+                Progress::Nothing
+            };
+        };
+        match self.gather(slot, budget.min(BATCH_PAGES)) {
+            Gathered::Pages(resume) => {
+                let pages = self.decide(slot, policy, pause);
+                if self.batch.seen.is_empty() {
+                    self.cursor.skip_to(resume);
+                }
+                self.batch.seen.clear();
+                Progress::Pages(pages)
+            }
+            Gathered::Later(resume) => {
+                self.cursor.skip_to(resume);
+                Progress::Pages(0)
+            }
+            Gathered::End => {
+                if self.free_items_before(slot, usize::MAX) {
+                    self.leave(slot)
+                } else {
+                    Progress::Pages(0)
+                }
+            }
+            Gathered::Exiting => {
+                // It never comes back: its items need not wait for the report of its exit.
+                if self.free_items(slot, BATCH_PAGES) {
+                    self.leave(slot)
+                } else {
+                    Progress::Pages(0)
+                }
+            }
+        }
+    }
+
+    /// The address space under the cursor, or the next one; starts a pass if none is going on. `None` at the
+    /// end of a pass, or if there is no address space.
+    fn current_slot(&mut self) -> Option<SlotId> {
+        let from = match self.cursor.slot {
+            Some(slot) => slot,
+            None => {
+                self.slots.next_used(0)?;
+                self.start_pass();
+                0
+            }
+        };
+        let slot = self.slots.next_used(from)?;
+        if self.cursor.slot != Some(slot) {
+            self.cursor = Cursor::at(slot);
+        }
+        Some(slot)
+    }
+
+    fn start_pass(&mut self) {
+        // Pages that wait in a per-CPU cache to get on an LRU list have a reference too many to be merged, and may
+        // wait there for long.
+        mm::drain_lru_caches();
+        self.unstable.clear();
+    }
+
+    fn finish_pass(&mut self) {
+        self.cursor = Cursor::default();
+        self.sweep_orphans();
+        self.stats.full_scans.up();
+    }
+
+    /// Leaves an address space that has been scanned to its end.
+    fn leave(&mut self, slot: SlotId) -> Progress {
+        let next = slot.saturating_add(1);
+        if self.slots.next_used(next).is_none() {
+            self.finish_pass();
+            return Progress::PassDone;
+        }
+        self.cursor = Cursor::at(next);
+        Progress::Pages(0)
+    }
+
+    /// Fills the batch with what is seen from the cursor on.
+    fn gather(&mut self, slot: SlotId, limit: usize) -> Gathered {
+        let Some(entered) = self.slots.get(slot).and_then(|slot| slot.space.enter()) else {
+            return Gathered::Exiting;
+        };
+        let mut found = core::mem::replace(&mut self.batch.found, KVec::new());
+        let locked = entered.lock();
+        let mut address = self.cursor.address;
+        let gathered = loop {
+            let Some(vma) = locked.mergeable_from(address) else {
+                break Gathered::End;
+            };
+            address = vma.gather(address, limit, &mut found);
+            if !found.is_empty() {
+                break Gathered::Pages(address);
+            }
+            if address < vma.end() || locked.contended() {
+                break Gathered::Later(address);
+            }
+        };
+        drop(locked);
+        drop(entered);
+
+        self.batch.seen.clear();
+        for page in found.iter() {
+            // There is room for as many as were found.
+            let _ = self
+                .batch
+                .seen
+                .push_within_capacity((page.address, self.see(&page.page)));
+        }
+        found.clear();
+        self.batch.found = found;
+        gathered
+    }
+
+    /// Decides on the pages of the batch, in order; leaves an empty one unless it was paused. Returns how many
+    /// were decided on.
+    fn decide(&mut self, slot: SlotId, policy: Policy, pause: impl Fn() -> bool) -> usize {
+        let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
+        let mut pages = 0usize;
+        let mut paused = false;
+        for (address, what) in seen.iter() {
+            if pause() || !self.free_items_before(slot, *address) {
+                paused = true;
+                break;
+            }
+            match self.item_at(slot, *address) {
+                Some(id) => {
+                    self.cursor.step(*address, id);
+                    self.consider(id, *what, policy);
+                    self.stats.pages_scanned.up();
+                }
+                None => self.stats.alloc_failures.up(),
+            }
+            pages = pages.saturating_add(1);
+            mm::breathe();
+        }
+        if !paused {
+            seen.clear();
+        }
+        self.batch.seen = seen;
+        pages
+    }
+
+    /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them
+    /// at the most. Returns whether all are gone.
+    fn free_items_before(&mut self, slot: SlotId, address: usize) -> bool {
+        let last = self.cursor.last;
+        for _ in 0..BATCH_PAGES {
+            let next = self.behind(slot, last);
+            match self.items.get(next).map(PageItem::address) {
+                Some(at) if at < address && !next.is_nil() => {
+                    let behind = self.free_item(slot, next);
+                    self.set_behind(slot, last, behind);
+                }
+                _ => return true,
+            }
+        }
+        false
+    }
+
+    /// The item of a page, which is the one behind the cursor's last, or made now.
+    fn item_at(&mut self, slot: SlotId, address: usize) -> Option<Id> {
+        let last = self.cursor.last;
+        let next = self.behind(slot, last);
+        if !next.is_nil() && self.items.get(next).map(PageItem::address) == Some(address) {
+            return Some(next);
+        }
+        let item = PageItem::new(slot, address, next);
+        let id = self.items.insert(item, record_flags()).ok()?;
+        self.stats.rmap_items.up();
+        if let Some(slot) = self.slots.get(slot) {
+            slot.space.count_rmap_items(1);
+        }
+        self.set_behind(slot, last, id);
+        Some(id)
+    }
+
+    /// The item behind `last` in an address space's list; its first one if `last` is nil.
+    fn behind(&self, slot: SlotId, last: Id) -> Id {
+        let next = if last.is_nil() {
+            self.slots.get(slot).map(|slot| slot.first)
+        } else {
+            self.items.get(last).map(PageItem::next)
+        };
+        next.unwrap_or(Id::NIL)
+    }
+
+    fn set_behind(&mut self, slot: SlotId, last: Id, next: Id) {
+        if last.is_nil() {
+            if let Some(slot) = self.slots.get_mut(slot) {
+                slot.first = next;
+            }
+        } else if let Some(item) = self.items.get_mut(last) {
+            item.set_next(next);
+        }
+    }
+}

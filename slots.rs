@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The address spaces that the engine scans, by number.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    arena::Id,
+    items::MAX_SLOTS,
+    mm::space::AddressSpace,
+    registry::SlotId, //
+};
+use kernel::prelude::*;
+
+/// An address space under scan.
+pub(crate) struct MmSlot {
+    /// The address space.
+    pub(crate) space: AddressSpace,
+    /// Its item with the lowest address.
+    pub(crate) first: Id,
+}
+
+/// The table of address spaces.
+///
+/// # Invariants
+///
+/// `vacant` holds exactly the numbers below `table.len()` without a slot, and has room for all of them.
+pub(crate) struct Slots {
+    table: KVVec<Option<MmSlot>>,
+    vacant: KVVec<SlotId>,
+}
+
+impl Slots {
+    /// An empty table.
+    pub(crate) const fn new() -> Self {
+        Self {
+            table: KVVec::new(),
+            vacant: KVVec::new(),
+        }
+    }
+
+    /// Whether there is no address space.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.table.len() == self.vacant.len()
+    }
+
+    /// One more than the highest number in use.
+    pub(crate) fn end(&self) -> SlotId {
+        self.table.len() as SlotId
+    }
+
+    /// A number that is free, for [`Slots::insert`]. Sleeps.
+    pub(crate) fn reserve(&mut self) -> Result<SlotId> {
+        if let Some(slot) = self.vacant.as_slice().last() {
+            return Ok(*slot);
+        }
+        let slot = SlotId::try_from(self.table.len())?;
+        if slot >= MAX_SLOTS {
+            return Err(ENOSPC);
+        }
+        self.vacant
+            .reserve(self.table.len().saturating_add(1), GFP_KERNEL)?;
+        self.table.push(None, GFP_KERNEL)?;
+        // INVARIANT: The new number is vacant; there is room, as all numbers fit.
+        self.vacant
+            .push_within_capacity(slot)
+            .map_err(|_| ENOMEM)?;
+        Ok(slot)
+    }
+
+    /// Puts an address space under the number that [`Slots::reserve`] answered last.
+    pub(crate) fn insert(&mut self, slot: SlotId, space: AddressSpace) {
+        if self.vacant.as_slice().last() != Some(&slot) {
+            return;
+        }
+        if let Some(entry) = self.table.get_mut(slot as usize) {
+            let first = Id::NIL;
+            *entry = Some(MmSlot { space, first });
+            self.vacant.pop();
+        }
+    }
+
+    /// The address space with a number.
+    pub(crate) fn get(&self, slot: SlotId) -> Option<&MmSlot> {
+        self.table.get(slot as usize)?.as_ref()
+    }
+
+    /// The address space with a number.
+    pub(crate) fn get_mut(&mut self, slot: SlotId) -> Option<&mut MmSlot> {
+        self.table.get_mut(slot as usize)?.as_mut()
+    }
+
+    /// Takes an address space out.
+    pub(crate) fn remove(&mut self, slot: SlotId) -> Option<MmSlot> {
+        let gone = self.table.get_mut(slot as usize)?.take()?;
+        // There is room for every number, by the invariant.
+        let _ = self.vacant.push_within_capacity(slot);
+        Some(gone)
+    }
+
+    /// The first number in use at or behind `from`.
+    pub(crate) fn next_used(&self, from: SlotId) -> Option<SlotId> {
+        (from..self.end()).find(|slot| self.get(*slot).is_some())
+    }
+}

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The stable tree: all KSM pages by the hash of their contents, a forest per NUMA node.
+//!
+//! KSM pages cannot be written to, so neither can their hashes change. Several with equal contents stand
+//! side by side once the first ones have as many mappings as `max_page_sharing` allows.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    arena::{
+        self,
+        Arena,
+        Id,
+        Record, //
+    },
+    engine::merge_flags,
+    forest::{
+        Forest,
+        Keyed, //
+    },
+    items::ContentHash,
+    mm::{
+        self,
+        node::StableNode, //
+    },
+    rbtree::{
+        Links,
+        Node, //
+    }, //
+};
+use kernel::{
+    alloc::AllocError,
+    prelude::*, //
+};
+
+/// A KSM page in the tree.
+#[derive(Default)]
+pub(crate) struct StableEntry {
+    links: Links,
+    /// NUMA node of the forest that it is in.
+    nid: u32,
+    key: u64,
+    /// The structure that the core reads; `None` only in an empty record.
+    node: Option<StableNode>,
+}
+
+impl Record for StableEntry {
+    type Page = [Self; arena::slots::<Self>()];
+}
+
+impl Node for StableEntry {
+    fn links(&self) -> &Links {
+        &self.links
+    }
+
+    fn links_mut(&mut self) -> &mut Links {
+        &mut self.links
+    }
+}
+
+impl Keyed for StableEntry {
+    fn key(&self) -> u64 {
+        self.key
+    }
+}
+
+/// The stable tree.
+pub(crate) struct StableTree {
+    entries: Arena<StableEntry>,
+    /// One for each NUMA node; only the first is used if pages merge across nodes.
+    forests: KVec<Forest>,
+}
+
+impl StableTree {
+    /// An empty tree. Sleeps.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            entries: Arena::new(),
+            forests: forest_per_node()?,
+        })
+    }
+
+    /// A node for a KSM page to come. It is in no forest until [`StableTree::plant`]. Sleeps.
+    pub(crate) fn prepare(&mut self) -> Result<Id, AllocError> {
+        let flags = merge_flags();
+        let id = self.entries.insert(StableEntry::default(), flags)?;
+        match StableNode::new(id, flags) {
+            Ok(node) => {
+                if let Some(entry) = self.entries.get_mut(id) {
+                    entry.node = Some(node);
+                }
+                Ok(id)
+            }
+            Err(error) => {
+                self.entries.remove(id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts a prepared node into the forest of `nid`.
+    pub(crate) fn plant(&mut self, id: Id, hash: ContentHash, nid: usize) {
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.key = hash.key();
+            entry.nid = nid as u32;
+        }
+        if let Some(forest) = self.forests.get_mut(nid) {
+            forest.insert(&mut self.entries, id);
+        }
+    }
+
+    /// Takes a node out for good, whether planted or only prepared. The caller drops it.
+    pub(crate) fn remove(&mut self, id: Id) -> Option<StableNode> {
+        self.uproot(id);
+        self.entries.remove(id)?.node
+    }
+
+    fn uproot(&mut self, id: Id) {
+        if let Some(entry) = self.entries.get(id) {
+            if entry.links.is_linked() {
+                if let Some(forest) = self.forests.get_mut(entry.nid as usize) {
+                    forest.remove(&mut self.entries, id);
+                }
+            }
+        }
+    }
+
+    /// Moves a node to the forest of another NUMA node, as its page has moved there.
+    pub(crate) fn rehome(&mut self, id: Id, nid: usize) {
+        self.uproot(id);
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.nid = nid as u32;
+        }
+        if let Some(forest) = self.forests.get_mut(nid) {
+            forest.insert(&mut self.entries, id);
+        }
+    }
+
+    /// The node with an id.
+    pub(crate) fn node(&self, id: Id) -> Option<&StableNode> {
+        self.entries.get(id)?.node.as_ref()
+    }
+
+    /// The node with an id.
+    pub(crate) fn node_mut(&mut self, id: Id) -> Option<&mut StableNode> {
+        self.entries.get_mut(id)?.node.as_mut()
+    }
+
+    /// NUMA node of the forest that a node is in.
+    pub(crate) fn nid(&self, id: Id) -> Option<usize> {
+        Some(self.entries.get(id)?.nid as usize)
+    }
+
+    /// The first node in the forest of `nid` whose page has this hash.
+    pub(crate) fn first_equal(&self, nid: usize, hash: ContentHash) -> Option<Id> {
+        self.forests
+            .get(nid)?
+            .first_equal(&self.entries, hash.key())
+    }
+
+    /// The next node with the same hash.
+    pub(crate) fn next_equal(&self, id: Id) -> Option<Id> {
+        let nid = self.nid(id)?;
+        self.forests.get(nid)?.next_equal(&self.entries, id)
+    }
+
+    /// The first of all nodes.
+    pub(crate) fn first(&self) -> Option<Id> {
+        self.first_from(0)
+    }
+
+    fn first_from(&self, nid: usize) -> Option<Id> {
+        self.forests
+            .iter()
+            .skip(nid)
+            .find_map(|forest| forest.first(&self.entries))
+    }
+
+    /// The node behind another one, going through all forests.
+    pub(crate) fn next(&self, id: Id) -> Option<Id> {
+        let nid = self.nid(id)?;
+        self.forests
+            .get(nid)?
+            .next(&self.entries, id)
+            .or_else(|| self.first_from(nid.saturating_add(1)))
+    }
+}
+
+/// A forest for each NUMA node.
+pub(crate) fn forest_per_node() -> Result<KVec<Forest>> {
+    let mut forests = KVec::with_capacity(mm::nr_nodes(), GFP_KERNEL)?;
+    for _ in 0..mm::nr_nodes() {
+        forests.push(Forest::new(), GFP_KERNEL)?;
+    }
+    Ok(forests)
+}

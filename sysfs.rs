@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The files of `/sys/kernel/mm/ksm_rs`: names, modes and formats; what they mean is in `knobs.rs` and
+//! `ksmd.rs`.
+
+use crate::{
+    knobs,
+    ksmd::Ksm,
+    mm::bindings,
+    stock::Stock, //
+};
+use core::ptr::NonNull;
+use kernel::{
+    error::to_result,
+    ffi,
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Release, //
+        },
+        Arc, //
+    }, //
+};
+
+/// Name of the directory, below `/sys/kernel/mm`.
+const DIRECTORY: &CStr = c"ksm_rs";
+
+/// What the files show and change: the address of a [`Ksm`], as files have no other way to it. Set as long
+/// as the directory exists.
+static SHOWN: Atomic<usize> = Atomic::new(0);
+
+/// A file.
+trait File {
+    /// Name.
+    const NAME: &'static CStr;
+    /// Whether root may write to it.
+    const WRITABLE: bool;
+    /// The value that it shows.
+    fn show(ksm: &Ksm) -> u64;
+    /// Carries out a write of `text`.
+    fn store(ksm: &Ksm, text: &CStr) -> Result;
+}
+
+/// Makes the type of a file, from how it is shown and, if it is writable, stored.
+macro_rules! file {
+    ($type:ident, $name:literal, $show:expr) => {
+        file!(@ $type, $name, false, $show, |_, _| Err(EIO));
+    };
+    ($type:ident, $name:literal, $show:expr, $store:expr) => {
+        file!(@ $type, $name, true, $show, $store);
+    };
+    (@ $type:ident, $name:literal, $writable:literal, $show:expr, $store:expr) => {
+        struct $type;
+
+        impl File for $type {
+            const NAME: &'static CStr = $name;
+            const WRITABLE: bool = $writable;
+
+            fn show(ksm: &Ksm) -> u64 {
+                let show: fn(&Ksm) -> u64 = $show;
+                show(ksm)
+            }
+
+            fn store(ksm: &Ksm, text: &CStr) -> Result {
+                let store: fn(&Ksm, &CStr) -> Result = $store;
+                store(ksm, text)
+            }
+        }
+    };
+}
+
+file!(RunFile, c"run", |ksm| ksm.knobs.run() as u64, |ksm, text| ksm
+    .set_run(knobs::run(text)?));
+file!(
+    PagesToScan,
+    c"pages_to_scan",
+    |ksm| ksm.knobs.pages_to_scan().into(),
+    |ksm, text| {
+        ksm.knobs.set_pages_to_scan(knobs::any_uint(text)?);
+        Ok(())
+    }
+);
+file!(
+    SleepMillisecs,
+    c"sleep_millisecs",
+    |ksm| ksm.knobs.sleep_millisecs().into(),
+    |ksm, text| {
+        ksm.knobs.set_sleep_millisecs(knobs::any_uint(text)?);
+        ksm.registry.bell().ring();
+        Ok(())
+    }
+);
+file!(
+    MergeAcrossNodes,
+    c"merge_across_nodes",
+    |ksm| ksm.merge_across_nodes().into(),
+    |ksm, text| ksm.set_merge_across_nodes(knobs::merge_across_nodes(text)?)
+);
+file!(
+    MaxPageSharing,
+    c"max_page_sharing",
+    |ksm| ksm.knobs.max_page_sharing().into(),
+    |ksm, text| ksm.set_max_page_sharing(knobs::max_page_sharing(text)?)
+);
+file!(PagesShared, c"pages_shared", |ksm| ksm
+    .stats
+    .pages_shared
+    .get() as u64);
+file!(PagesSharing, c"pages_sharing", |ksm| ksm
+    .stats
+    .pages_sharing
+    .get() as u64);
+file!(PagesUnshared, c"pages_unshared", |ksm| ksm
+    .stats
+    .pages_unshared
+    .get() as u64);
+file!(PagesVolatile, c"pages_volatile", |ksm| ksm
+    .stats
+    .pages_volatile()
+    as u64);
+file!(PagesScanned, c"pages_scanned", |ksm| ksm
+    .stats
+    .pages_scanned
+    .get() as u64);
+file!(FullScans, c"full_scans", |ksm| ksm.stats.full_scans.get()
+    as u64);
+file!(AllocFailures, c"alloc_failures", |ksm| ksm
+    .stats
+    .alloc_failures
+    .get() as u64);
+
+/// A `kobj_attribute` in a static.
+#[repr(transparent)]
+struct Attribute(bindings::kobj_attribute);
+
+// SAFETY: The core does not write to it once the directory is made, but for lockdep's key, which it protects.
+unsafe impl Sync for Attribute {}
+
+/// The list of the group's files, which ends with a null pointer.
+struct List<const N: usize>([*const bindings::attribute; N]);
+
+// SAFETY: The core only reads it.
+unsafe impl<const N: usize> Sync for List<N> {}
+
+const fn attribute<F: File>() -> Attribute {
+    // SAFETY: All zero is a valid `kobj_attribute`: null pointers, no callbacks.
+    let mut attribute: bindings::kobj_attribute = unsafe { core::mem::zeroed() };
+    attribute.attr.name = kernel::str::as_char_ptr_in_const_context(F::NAME);
+    attribute.attr.mode = 0o444;
+    attribute.__bindgen_anon_1.show = Some(show::<F>);
+    if F::WRITABLE {
+        attribute.attr.mode = 0o644;
+        attribute.__bindgen_anon_2.store = Some(store::<F>);
+    }
+    Attribute(attribute)
+}
+
+macro_rules! files {
+    ($($file:ident),+ $(,)?) => {
+        static LIST: List<{ [$(stringify!($file)),+].len() + 1 }> = List([
+            $({
+                static ATTRIBUTE: Attribute = attribute::<$file>();
+                &raw const ATTRIBUTE.0.attr
+            },)+
+            core::ptr::null(),
+        ]);
+    };
+}
+
+files!(
+    RunFile,
+    PagesToScan,
+    SleepMillisecs,
+    MergeAcrossNodes,
+    MaxPageSharing,
+    PagesShared,
+    PagesSharing,
+    PagesUnshared,
+    PagesVolatile,
+    PagesScanned,
+    FullScans,
+    AllocFailures,
+);
+
+unsafe extern "C" fn show<F: File>(
+    _kobject: *mut bindings::kobject,
+    _attribute: *mut bindings::kobj_attribute,
+    buffer: *mut ffi::c_char,
+) -> isize {
+    with(|ksm| {
+        // SAFETY: sysfs passes a buffer of a page; the format wants one `unsigned long long`.
+        let length =
+            unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), F::show(ksm)) };
+        isize::try_from(length).map_err(|_| EIO)
+    })
+}
+
+unsafe extern "C" fn store<F: File>(
+    _kobject: *mut bindings::kobject,
+    _attribute: *mut bindings::kobj_attribute,
+    text: *const ffi::c_char,
+    count: usize,
+) -> isize {
+    with(|ksm| {
+        // SAFETY: sysfs puts a NUL behind what was written.
+        F::store(ksm, unsafe { CStr::from_char_ptr(text) })?;
+        isize::try_from(count).map_err(|_| EINVAL)
+    })
+}
+
+fn with(work: impl FnOnce(&Ksm) -> Result<isize>) -> isize {
+    let ksm = SHOWN.load(Acquire) as *const Ksm;
+    // SAFETY: `Directory` keeps it allocated until its files are gone, and the removal of files waits for whoever
+    // is in them.
+    let result = match unsafe { ksm.as_ref() } {
+        Some(ksm) => work(ksm),
+        None => Err(ENODEV),
+    };
+    result.unwrap_or_else(|error| error.to_errno() as isize)
+}
+
+/// The directory. Dropping it removes it and waits for whoever is in its files.
+///
+/// # Invariants
+///
+/// `kobject` is a kobject of ours in sysfs; [`SHOWN`] is `ksm`.
+pub(crate) struct Directory {
+    kobject: NonNull<bindings::kobject>,
+    _ksm: Arc<Ksm>,
+}
+
+// SAFETY: Kobjects belong to no task.
+unsafe impl Send for Directory {}
+// SAFETY: `&Directory` offers nothing that needs exclusion.
+unsafe impl Sync for Directory {}
+
+impl Directory {
+    /// Makes the directory. Sleeps.
+    pub(crate) fn create(stock: &Stock, ksm: Arc<Ksm>) -> Result<Self> {
+        let group = bindings::attribute_group {
+            __bindgen_anon_2: bindings::attribute_group__bindgen_ty_2 {
+                attrs: LIST.0.as_ptr().cast_mut().cast(),
+            },
+            ..Default::default()
+        };
+        // SAFETY: The parent is in sysfs for ever; the name is a C string.
+        let kobject = unsafe {
+            bindings::kobject_create_and_add(DIRECTORY.as_char_ptr(), stock.mm_kobj())
+        };
+        let kobject = NonNull::new(kobject).ok_or_else(|| {
+            pr_err!("/sys/kernel/mm/ksm_rs cannot be made; wanted no such directory and some memory\n");
+            ENOMEM
+        })?;
+        SHOWN.store(core::ptr::from_ref::<Ksm>(&ksm) as usize, Release);
+        // INVARIANT: Both have just been set.
+        let directory = Self { kobject, _ksm: ksm };
+        // SAFETY: sysfs copies what it needs of the group itself; the attributes are statics.
+        to_result(unsafe { bindings::sysfs_create_group(kobject.as_ptr(), &group) })?;
+        Ok(directory)
+    }
+
+    /// The kobject, for a symlink to it.
+    pub(crate) fn kobject(&self) -> *mut bindings::kobject {
+        self.kobject.as_ptr()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // SAFETY: The kobject is ours. Removing it from sysfs removes its files.
+        unsafe {
+            bindings::kobject_del(self.kobject.as_ptr());
+            bindings::kobject_put(self.kobject.as_ptr());
+        }
+        SHOWN.store(0, Release);
+    }
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Undoing merges: of all address spaces for `run=2` and unload, of one that is gone.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    engine::Engine,
+    mm::{
+        hotplug::OfflineRange,
+        walk::{
+            BATCH_PAGES,
+            PAGE_TABLE_SPAN, //
+        }, //
+    },
+    registry::SlotId, //
+};
+use kernel::prelude::*;
+
+/// What is unmerged under one hold of the mmap lock.
+const STRETCH: usize = 16 * PAGE_TABLE_SPAN;
+
+/// How far the unmerging of an address space has come.
+#[derive(Clone, Copy)]
+pub(crate) struct Unmerging {
+    /// The address space.
+    pub(crate) slot: SlotId,
+    address: usize,
+    /// All pages are private again; items are being freed.
+    unshared: bool,
+}
+
+impl Unmerging {
+    /// At the start of the first address space.
+    pub(crate) fn start() -> Self {
+        Self::of(0)
+    }
+
+    fn of(slot: SlotId) -> Self {
+        Self {
+            slot,
+            address: 0,
+            unshared: false,
+        }
+    }
+}
+
+impl Engine {
+    /// Unmerges the next stretch of memory. `None`: all address spaces are done. Sleeps.
+    ///
+    /// `Err(ENOMEM)`: there was no memory for private pages; nothing is lost, the rest stays merged.
+    pub(crate) fn unmerge_some(&mut self, mut at: Unmerging) -> Result<Option<Unmerging>> {
+        let Some(slot) = self.slots.next_used(at.slot) else {
+            return Ok(None);
+        };
+        if slot != at.slot {
+            at = Unmerging::of(slot);
+        }
+        if !at.unshared {
+            match self.unshare_stretch(slot, at.address)? {
+                Some(address) => at.address = address,
+                None => at.unshared = true,
+            }
+            return Ok(Some(at));
+        }
+        if self.free_items(slot, BATCH_PAGES) {
+            return Ok(Some(Unmerging::of(slot.saturating_add(1))));
+        }
+        Ok(Some(at))
+    }
+
+    /// Makes pages from `address` on private again; returns the address to go on from.
+    fn unshare_stretch(&self, slot: SlotId, address: usize) -> Result<Option<usize>> {
+        let Some(entered) = self.slots.get(slot).and_then(|slot| slot.space.enter()) else {
+            // All of it is about to be unmapped.
+            return Ok(None);
+        };
+        let locked = entered.lock();
+        let Some(vma) = locked.mergeable_from(address) else {
+            return Ok(None);
+        };
+        let from = address.max(vma.start());
+        let to = from.saturating_add(STRETCH).min(vma.end());
+        vma.unshare(from, to)?;
+        Ok(Some(to))
+    }
+
+    /// Frees what is known of an address space that has exited, `most` items at the most. Returns whether it
+    /// is forgotten entirely. Sleeps.
+    pub(crate) fn bury(&mut self, slot: SlotId, most: usize) -> bool {
+        if !self.free_items(slot, most) {
+            return false;
+        }
+        // A cursor on it finds the next address space by itself, being at this one's start.
+        drop(self.slots.remove(slot));
+        true
+    }
+
+    /// Drops all stable nodes whose pages are not mapped any more. Returns whether any is left. Sleeps.
+    pub(crate) fn drop_stable_nodes(&mut self) -> bool {
+        let mut left = false;
+        let mut at = self.stable.first();
+        while let Some(id) = at {
+            at = self.stable.next(id);
+            left |= !self.drop_if_unused(id);
+        }
+        left
+    }
+
+    /// Begins a new count of passes, with nothing in the unstable tree. All items must have been freed.
+    pub(crate) fn start_over(&mut self) {
+        self.cursor = Default::default();
+        self.unstable.clear();
+        self.stats.full_scans.clear();
+    }
+
+    /// Drops the nodes whose pages lay in memory that has gone offline. Sleeps.
+    pub(crate) fn drop_offline(&mut self, offline: &OfflineRange) {
+        let mut at = self.stable.first();
+        while let Some(id) = at {
+            at = self.stable.next(id);
+            if self.stable.node_mut(id).is_some_and(|node| node.abandon(offline)) {
+                self.retire(id);
+            }
+        }
+    }
+}
