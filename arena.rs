@@ -287,6 +287,7 @@ impl<T: Record> Arena<T> {
     }
 
     /// Returns the kernel memory held, in bytes: the chunks and the tables.
+    #[cfg_attr(not(ksm_rs_kunit), expect(dead_code))]
     pub(crate) fn bytes(&self) -> usize {
         // Chunks come from the power-of-two caches of the slab allocator.
         let chunk = size_of::<T::Page>().next_power_of_two();

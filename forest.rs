@@ -156,11 +156,13 @@ impl Forest {
     }
 
     /// Returns the number of records.
+    #[cfg_attr(not(ksm_rs_kunit), expect(dead_code))]
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
     /// Returns the kernel memory held by the root arrays, in bytes.
+    #[cfg_attr(not(ksm_rs_kunit), expect(dead_code))]
     pub(crate) fn bytes(&self) -> usize {
         self.old
             .capacity()

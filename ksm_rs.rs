@@ -55,6 +55,37 @@ mod tracepoints;
 mod unmerge;
 mod unstable_tree;
 
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/arena.rs"]
+mod kunit_arena;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/btf.rs"]
+mod kunit_btf;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/forest.rs"]
+mod kunit_forest;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/hash.rs"]
+mod kunit_hash;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/items.rs"]
+mod kunit_items;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/knobs.rs"]
+mod kunit_knobs;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/layout.rs"]
+mod kunit_layout;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/rbtree.rs"]
+mod kunit_rbtree;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/scan.rs"]
+mod kunit_scan;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/unstable_tree.rs"]
+mod kunit_unstable_tree;
+
 module! {
     type: KsmRs,
     name: "ksm_rs",
@@ -164,11 +195,13 @@ fn prove_layout(variables: &Variables) -> Result {
         pr_err!("this kernel's BTF cannot be read ({error}); wanted one that says where KSM's structures have their members: load on a kernel built with CONFIG_DEBUG_INFO_BTF=y\n");
         EINVAL
     })?;
+    let mut proof = layout::prove_sizes(&btf, &mm::node::WANTED_SIZES);
     for wanted in mm::node::WANTED {
-        layout::prove(&btf, wanted).map_err(|mismatch| {
-            pr_err!("{mismatch}; this kernel is too new or too old for this module: get a version of ksm_rs that supports it\n");
-            EINVAL
-        })?;
+        // The first mismatch is the one to name.
+        proof = proof.and_then(|()| layout::prove(&btf, wanted));
     }
-    Ok(())
+    proof.map_err(|mismatch| {
+        pr_err!("{mismatch}; this kernel is too new or too old for this module: get a version of ksm_rs that supports it\n");
+        EINVAL
+    })
 }

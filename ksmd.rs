@@ -263,6 +263,10 @@ impl Ksm {
     fn sleep(&self) {
         let millisecs = self.knobs.sleep_millisecs();
         let mut left = msecs_to_jiffies(millisecs) as usize;
+        if kthread::freezing() {
+            // No sleep at all would be no chance to freeze.
+            left = left.max(1);
+        }
         loop {
             left = self.registry.bell().wait(Some(left));
             if left == 0

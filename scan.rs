@@ -55,11 +55,22 @@ impl Default for Cursor {
 }
 
 impl Cursor {
-    fn at(slot: SlotId) -> Self {
+    /// At the start of an address space.
+    pub(crate) fn at(slot: SlotId) -> Self {
         Self {
             slot: Some(slot),
             ..Self::default()
         }
+    }
+
+    /// Where the scan goes on.
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The item with the highest address below.
+    pub(crate) fn last(&self) -> Id {
+        self.last
     }
 
     /// Back to the start of the address space, whose items are about to be freed.
@@ -69,13 +80,13 @@ impl Cursor {
     }
 
     /// Behind a page that has been dealt with, whose item is `last`.
-    fn step(&mut self, address: usize, last: Id) {
+    pub(crate) fn step(&mut self, address: usize, last: Id) {
         self.address = address.saturating_add(PAGE_SIZE);
         self.last = last;
     }
 
     /// On to an address behind the last page that was gathered.
-    fn skip_to(&mut self, address: usize) {
+    pub(crate) fn skip_to(&mut self, address: usize) {
         self.address = self.address.max(address);
     }
 }
@@ -220,7 +231,7 @@ impl Engine {
         };
         let mut found = core::mem::replace(&mut self.batch.found, KVec::new());
         let locked = entered.lock();
-        let mut address = self.cursor.address;
+        let mut address = self.cursor.address();
         let gathered = loop {
             let Some(vma) = locked.mergeable_from(address) else {
                 break Gathered::End;
@@ -281,7 +292,7 @@ impl Engine {
     /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them
     /// at the most. Returns whether all are gone.
     fn free_items_before(&mut self, slot: SlotId, address: usize) -> bool {
-        let last = self.cursor.last;
+        let last = self.cursor.last();
         for _ in 0..BATCH_PAGES {
             let next = self.behind(slot, last);
             match self.items.get(next).map(PageItem::address) {
@@ -297,7 +308,7 @@ impl Engine {
 
     /// The item of a page, which is the one behind the cursor's last, or made now.
     fn item_at(&mut self, slot: SlotId, address: usize) -> Option<Id> {
-        let last = self.cursor.last;
+        let last = self.cursor.last();
         let next = self.behind(slot, last);
         if !next.is_nil() && self.items.get(next).map(PageItem::address) == Some(address) {
             return Some(next);

@@ -21,6 +21,10 @@ use crate::{
         Planted,
         State, //
     },
+    rbtree::{
+        Links,
+        Node, //
+    },
     stable_tree::forest_per_node,
     stats::Stats, //
 };
@@ -82,6 +86,8 @@ impl UnstableTree {
             }
         }
         if let Some(item) = items.get_mut(id) {
+            // Those of an item that `clear()` left behind lead nowhere.
+            *item.links_mut() = Links::new();
             item.set_idle(hash);
         }
         stats.pages_unshared.down();

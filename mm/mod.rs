@@ -14,9 +14,10 @@
 //!
 //! # Lock order
 //!
-//! Outermost first: the engine's mutex (`ksmd.rs`) → mmap lock → folio lock → MMU notifier range →
-//! PTE lock. The registry's spinlock (`registry.rs`) nests inside `task_lock()` and takes nothing.
-//! `ksm_thread_mutex`, the stock KSM's own, is taken inside the engine's mutex, for an instant.
+//! Outermost first: `control` → the engine's mutex (both in `ksmd.rs`) → mmap lock → folio lock → MMU
+//! notifier range → anon_vma → PTE lock. The registry's spinlock (`registry.rs`) nests inside whatever the core
+//! holds when it calls the probes, `task_lock()` included, and takes nothing but the bell's. The stock KSM's
+//! `ksm_thread_mutex` is taken inside `control`, for an instant.
 //!
 //! [`Vma::replace`]: replace
 //! [`StableNode`]: node::StableNode

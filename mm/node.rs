@@ -22,7 +22,10 @@ use super::{
 };
 use crate::{
     arena::Id,
-    layout::Wanted, //
+    layout::{
+        Wanted,
+        WantedSize, //
+    }, //
 };
 use core::{
     cell::UnsafeCell,
@@ -90,6 +93,18 @@ const WANTED_ITEM: [Wanted; 5] = wanted!(
 
 /// The fields that the core reads, and where our structures have them.
 pub(crate) const WANTED: [&[Wanted]; 2] = [&WANTED_NODE, &WANTED_ITEM];
+
+/// Their sizes: one that grew has a member that we do not know.
+pub(crate) const WANTED_SIZES: [WantedSize; 2] = [
+    WantedSize {
+        structure: "ksm_stable_node",
+        size: size_of::<RawNode>(),
+    },
+    WantedSize {
+        structure: "ksm_rmap_item",
+        size: size_of::<RawItem>(),
+    },
+];
 
 /// What became of the page that a node stands for.
 pub(crate) enum NodePage {

@@ -2,6 +2,8 @@
 
 //! Unlinking a record from a tree.
 
+#![forbid(unsafe_code)]
+
 use super::{
     child,
     colour,

@@ -2,6 +2,8 @@
 
 //! Linking a record into a tree.
 
+#![forbid(unsafe_code)]
+
 use super::{
     child,
     colour,

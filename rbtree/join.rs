@@ -5,6 +5,8 @@
 //! Neither takes more than a walk or two between the top and the bottom for each level of the tree,
 //! whatever the trees hold: a root array that doubles or halves need not move nodes one by one.
 
+#![forbid(unsafe_code)]
+
 use super::{
     child,
     colour,

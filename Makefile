@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-2.0
+# The project's commands; the kernel's build reads Kbuild instead. `make help` lists them.
+
+# Picked up by the scripts, from the command line or the environment.
+export KDIR KERNEL DEBUG ARCH KUNIT TEST PART
+
+.PHONY: all kernel demo test lint selftests clean help
+
+all:
+	+@scripts/build >/dev/null
+
+kernel:
+	@scripts/kernel
+
+demo:
+	@scripts/demo
+
+test:
+	@scripts/test
+
+lint:
+	@scripts/lint
+
+selftests:
+	@scripts/selftests
+
+clean:
+	rm -rf build ksm_rs.ko tests/target
+
+help:
+	@echo "make            build ksm_rs.ko against KDIR (default: the cached test kernel); KUNIT=1: with its KUnit tests"
+	@echo "make kernel     build the test kernel into the cache, once; DEBUG=1: KASAN and lockdep; ARCH=um: native"
+	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
+	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|selftests; DEBUG=1"
+	@echo "make lint       check formatting, clippy, shellcheck and where unsafe code may stand"
+	@echo "make selftests  build the kernel's own KSM selftests into the cache (make test does it by itself)"
+	@echo "make clean      remove what was built here; the cache with the kernels stays"
+	@echo "make help       this list"
+	@echo "scripts/vm      run a command in the test VM with the module loaded; scripts/vm --help"

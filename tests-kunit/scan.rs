@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of the cursor's arithmetic.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    arena::Id,
+    mm::walk::{
+        BATCH_PAGES,
+        PAGE_TABLE_SPAN, //
+    },
+    scan::Cursor, //
+};
+use kernel::{
+    page::PAGE_SIZE,
+    prelude::*, //
+};
+
+#[kunit_tests(ksm_rs_scan)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_a_page_table() {
+        assert_eq!(BATCH_PAGES * PAGE_SIZE, PAGE_TABLE_SPAN);
+        assert_eq!(BATCH_PAGES, 512);
+    }
+
+    #[test]
+    fn a_cursor_starts_below_everything() {
+        let cursor = Cursor::at(5);
+        assert_eq!(cursor.slot, Some(5));
+        assert_eq!(cursor.address(), 0);
+        assert!(cursor.last().is_nil());
+        assert_eq!(Cursor::default().slot, None);
+    }
+
+    #[test]
+    fn a_step_goes_behind_the_page_and_remembers_its_item() {
+        let mut cursor = Cursor::at(0);
+        cursor.step(0x20_0000, Id::from_raw(9));
+        assert_eq!(cursor.address(), 0x20_1000);
+        assert!(cursor.last() == Id::from_raw(9));
+    }
+
+    #[test]
+    fn a_cursor_never_goes_back_but_to_the_start() {
+        let mut cursor = Cursor::at(0);
+        cursor.step(0x40_0000, Id::from_raw(1));
+        cursor.skip_to(0x20_0000);
+        assert_eq!(cursor.address(), 0x40_1000);
+        cursor.skip_to(0x60_0000);
+        assert_eq!(cursor.address(), 0x60_0000);
+        assert!(cursor.last() == Id::from_raw(1));
+        cursor.rewind();
+        assert_eq!(cursor.address(), 0);
+        assert!(cursor.last().is_nil());
+        assert_eq!(cursor.slot, Some(0));
+    }
+
+    #[test]
+    fn the_last_page_of_all_does_not_wrap_the_cursor() {
+        let mut cursor = Cursor::at(0);
+        cursor.step(usize::MAX - (PAGE_SIZE - 1), Id::from_raw(1));
+        assert_eq!(cursor.address(), usize::MAX);
+    }
+}

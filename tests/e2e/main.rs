@@ -1,0 +1,48 @@
+//! End-to-end tests of KSM. They run as root in a virtual machine of their own:
+//!
+//!     e2e [FILTER]                            all tests, or those whose name contains FILTER
+//!     KSM_DIR=/sys/kernel/mm/ksm e2e          the same against the kernel's own KSM
+//!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
+
+mod fork;
+mod hugepages;
+mod hwpoison;
+mod knobs;
+mod merging;
+mod numa;
+mod pins;
+mod reclaim;
+mod unmerge;
+mod userfault;
+mod while_scanning;
+
+use ksm_e2e::Ksm;
+use ksm_e2e::child;
+use ksm_e2e::runner;
+use libtest_mimic::Arguments;
+
+fn main() -> anyhow::Result<()> {
+    child::serve_if_asked();
+    runner::prepare_process()?;
+    let mut arguments = Arguments::from_args();
+    // KSM is one for the whole system, and tests fork.
+    arguments.test_threads = Some(1);
+    let ksm = Ksm::from_env();
+    let mut tests = Vec::new();
+    tests.extend(knobs::untouched_tests());
+    tests.extend(knobs::tests());
+    tests.extend(merging::tests());
+    tests.extend(fork::tests());
+    tests.extend(unmerge::tests());
+    tests.extend(hugepages::tests());
+    tests.extend(pins::tests());
+    tests.extend(reclaim::tests());
+    tests.extend(numa::tests());
+    tests.extend(hwpoison::tests());
+    tests.extend(userfault::tests());
+    tests.extend(while_scanning::tests());
+    if !ksm.is_stock() {
+        // tests.extend(lifecycle::tests());
+    }
+    libtest_mimic::run(&arguments, tests).exit()
+}

@@ -1,0 +1,337 @@
+//! Merged pages under memory pressure: swap, mlock, compaction.
+
+use std::fs;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use ksm_e2e::Child;
+use ksm_e2e::Content;
+use ksm_e2e::Ksm;
+use ksm_e2e::Region;
+use ksm_e2e::ksm::Counters;
+use ksm_e2e::memory::Mapping;
+use ksm_e2e::procfs;
+use ksm_e2e::swap::Group;
+use ksm_e2e::swap::Swap;
+use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
+
+ksm_e2e::tests![
+    merged_pages_are_swapped_out_and_come_back_right,
+    swapped_out_pages_are_forgotten_and_found_again,
+    run_2_leaves_nothing_of_swapped_out_pages,
+    turning_swap_off_brings_merged_pages_back,
+    pages_read_back_from_swap_merge,
+    reclaim_during_scanning_harms_nobody,
+    locked_pages_merge_and_stay_locked,
+    locked_merged_pages_are_not_swapped_out,
+    compaction_moves_merged_pages,
+];
+
+const CONTENT: Content = Content::Distinct(1);
+const PAGES: usize = 64;
+
+/// Two processes with equal pages in a control group, and swap space to push them to.
+struct Scene {
+    one: Child,
+    here: Region,
+    other: Child,
+    there: Region,
+    // Dropped in this order: the group must be empty, and nobody needs the space any more.
+    group: Group,
+    swap: Swap,
+}
+
+impl Scene {
+    fn new() -> Result<Self> {
+        let swap = Swap::on(4096)?;
+        let group = Group::new()?;
+        let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+        group.add(&one)?;
+        group.add(&other)?;
+        let here = one.map_mergeable(PAGES, CONTENT)?;
+        let there = other.map_mergeable(PAGES, CONTENT)?;
+        Ok(Self {
+            one,
+            here,
+            other,
+            there,
+            group,
+            swap,
+        })
+    }
+
+    fn merged(ksm: &Ksm) -> Result<Self> {
+        let scene = Self::new()?;
+        ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+        Ok(scene)
+    }
+
+    fn swap_out(&self) -> Result<()> {
+        self.group
+            .swap_out(&[(&self.one, self.here), (&self.other, self.there)])
+    }
+
+    fn verify(&mut self) -> Result<()> {
+        self.one.verify(self.here, CONTENT)?;
+        self.other.verify(self.there, CONTENT)
+    }
+}
+
+fn merged_pages_are_swapped_out_and_come_back_right(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::merged(ksm)?;
+    for _ in 0..3 {
+        scene.swap_out()?;
+        scene.verify()?;
+        ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+        ensure!(
+            scene.one.pfns(scene.here)? == scene.other.pfns(scene.there)?,
+            "the pages were not merged again"
+        );
+        scene.verify()?;
+    }
+    // A write to what is in swap is the writer's alone.
+    scene.swap_out()?;
+    scene.one.fill(scene.here, Content::Distinct(9000))?;
+    scene.other.verify(scene.there, CONTENT)?;
+    scene.one.verify(scene.here, Content::Distinct(9000))
+}
+
+fn swapped_out_pages_are_forgotten_and_found_again(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::merged(ksm)?;
+    let mut bystander = Child::spawn()?;
+    let unique = bystander.map_mergeable(8, Content::Distinct(70_000))?;
+    scene.swap_out()?;
+    // Scanning neither reads pages back nor counts those that are gone.
+    ksm.merge_until(Counters::merged(0, 0).and_unshared(8))?;
+    let swapped = |child: &Child, region| -> Result<bool> {
+        Ok(child
+            .map_entries(region)?
+            .iter()
+            .all(|entry| entry.swapped()))
+    };
+    ensure!(
+        swapped(&scene.one, scene.here)? && swapped(&scene.other, scene.there)?,
+        "scanning has read pages back from swap"
+    );
+    ensure!(
+        procfs::ksm_merging_pages(scene.one.pid())? == 0,
+        "swapped-out pages count as merged"
+    );
+    scene.verify()?;
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64).and_unshared(8))?;
+    scene.verify()?;
+    bystander.verify(unique, Content::Distinct(70_000))
+}
+
+fn run_2_leaves_nothing_of_swapped_out_pages(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::merged(ksm)?;
+    scene.swap_out()?;
+    // Half of it is back in memory.
+    scene.one.verify(scene.here.part(0, PAGES / 2), CONTENT)?;
+    ksm.unmerge()?;
+    ksm.expect(Counters::merged(0, 0))?;
+    scene.verify()?;
+    for (child, region) in [(&scene.one, scene.here), (&scene.other, scene.there)] {
+        ensure!(
+            procfs::ksm_merging_pages(child.pid())? == 0,
+            "unmerged pages count as merged"
+        );
+        ensure!(
+            procfs::ksm_stat(child.pid(), "ksm_rmap_items")? == 0,
+            "unmerged pages are still tracked"
+        );
+        let still = child.ksm_pages(region)?;
+        ensure!(
+            still == 0,
+            "{still} pages that were in swap during run=2 are shared"
+        );
+    }
+    scene.one.fill(scene.here, Content::Distinct(9000))?;
+    scene.other.verify(scene.there, CONTENT)
+}
+
+fn turning_swap_off_brings_merged_pages_back(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::merged(ksm)?;
+    scene.swap_out()?;
+    ensure!(scene.swap.used_kb()? > 0, "nothing is in swap");
+    ksm.start()?;
+    let Scene {
+        mut one,
+        here,
+        mut other,
+        there,
+        group,
+        swap,
+    } = scene;
+    swap.off()?;
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+    one.verify(here, CONTENT)?;
+    other.verify(there, CONTENT)?;
+    drop((one, other, group));
+    Ok(())
+}
+
+fn pages_read_back_from_swap_merge(ksm: &Ksm) -> Result<()> {
+    // Not merged before: pages fresh from swap, whose swap slots still exist.
+    let mut scene = Scene::new()?;
+    scene.swap_out()?;
+    scene.verify()?;
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+    scene.verify()?;
+    scene.swap_out()?;
+    scene.verify()
+}
+
+fn reclaim_during_scanning_harms_nobody(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::merged(ksm)?;
+    ksm.scan_at_full_speed()?;
+    ksm.start()?;
+    let mut swapped = 0;
+    for round in 0..40 {
+        scene.group.reclaim(scene.here.len())?;
+        let entries = scene.one.map_entries(scene.here)?;
+        swapped += entries.iter().filter(|entry| entry.swapped()).count();
+        if round % 2 == 0 {
+            scene.one.verify(scene.here, CONTENT)?;
+        } else {
+            scene.other.verify(scene.there, CONTENT)?;
+        }
+    }
+    ensure!(swapped > 0, "nothing was ever swapped out");
+    scene.verify()?;
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+    scene.verify()
+}
+
+fn locked_pages_merge_and_stay_locked(ksm: &Ksm) -> Result<()> {
+    let locked_in_system = procfs::meminfo("Mlocked")?;
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    let here = one.map_mergeable(PAGES, CONTENT)?;
+    let there = other.map_mergeable(PAGES, CONTENT)?;
+    one.lock(here, true)?;
+    let kb = (here.len() / 1024) as u64;
+    let locked = |child: &Child| procfs::status(child.pid(), "VmLck");
+    ensure!(
+        locked(&one)? == kb && locked(&other)? == 0,
+        "VmLck is wrong before merging"
+    );
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+    ensure!(
+        one.pfns(here)? == other.pfns(there)?,
+        "the processes map different pages"
+    );
+    ensure!(
+        locked(&one)? == kb && locked(&other)? == 0,
+        "VmLck is wrong after merging"
+    );
+    for pfn in one.pfns(here)? {
+        ensure!(
+            pfn.flags()?.mlocked(),
+            "a page of a locked area is not locked"
+        );
+    }
+
+    // A copy made by writing is locked as well.
+    one.fill(here.part(0, 16), Content::Distinct(9000))?;
+    for pfn in one.pfns(here.part(0, 16))? {
+        ensure!(
+            pfn.flags()?.mlocked(),
+            "the copy of a locked page is not locked"
+        );
+    }
+    one.verify(here.part(0, 16), Content::Distinct(9000))?;
+    one.verify(here.part(16, PAGES - 16), CONTENT.from_page(16))?;
+    other.verify(there, CONTENT)?;
+    one.lock(here, false)?;
+    ensure!(locked(&one)? == 0, "VmLck is wrong after unlocking");
+    ksm.unmerge()?;
+    one.exit()?;
+    other.verify(there, CONTENT)?;
+    other.exit()?;
+    wait::until_or_explain("no page counts as locked", PATIENCE, || {
+        let now = procfs::meminfo("Mlocked")?;
+        Ok((now != locked_in_system).then(|| format!("{now} kB instead of {locked_in_system} kB")))
+    })
+}
+
+fn locked_merged_pages_are_not_swapped_out(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.one.lock(scene.here, true)?;
+    // Something else to take away, to see that reclaim works at all.
+    let decoy = scene.other.map(Mapping::pages(PAGES))?;
+    scene.other.fill(decoy, Content::Distinct(9000))?;
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+    scene.group.swap_out(&[(&scene.other, decoy)])?;
+    let present = |child: &Child, region| -> Result<bool> {
+        Ok(child
+            .map_entries(region)?
+            .iter()
+            .all(|entry| entry.pfn().is_some()))
+    };
+    ensure!(
+        present(&scene.one, scene.here)?,
+        "a locked page was swapped out"
+    );
+    ksm.expect(Counters::merged(PAGES as u64, PAGES as u64))?;
+    scene.verify()?;
+    scene.other.verify(decoy, Content::Distinct(9000))
+}
+
+fn compaction_moves_merged_pages(ksm: &Ksm) -> Result<()> {
+    let compact = "/proc/sys/vm/compact_memory";
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    let pages = 1024;
+    let keep = |index: usize| index.is_multiple_of(4);
+    let mut regions = Vec::new();
+    // Every fourth page is equal in both processes; what lies between is given back later, so that the merged pages
+    // are left scattered over memory.
+    for (child, seed) in [(&mut one, 100_000), (&mut other, 200_000)] {
+        let region = child.map(Mapping::pages(pages))?;
+        child.fill(region, Content::Distinct(seed))?;
+        for index in (0..pages).filter(|&index| keep(index)) {
+            child.write(region.page(index), &CONTENT.page(index).bytes())?;
+        }
+        child.advise(region, libc::MADV_MERGEABLE)?;
+        regions.push(region);
+    }
+    let (here, there) = (regions[0], regions[1]);
+    let merged = Counters::merged(pages as u64 / 4, pages as u64 / 4);
+    ksm.merge_until(merged.and_unshared(2 * 3 * pages as u64 / 4))?;
+    for index in (0..pages).filter(|&index| !keep(index)) {
+        one.advise(here.part(index, 1), libc::MADV_DONTNEED)?;
+        other.advise(there.part(index, 1), libc::MADV_DONTNEED)?;
+    }
+    let kept: Vec<usize> = (0..pages).filter(|&index| keep(index)).collect();
+    let pfn = |child: &Child, region: Region, index| {
+        Ok::<_, anyhow::Error>(child.pfns(region.part(index, 1))?[0])
+    };
+    let before = kept
+        .iter()
+        .map(|&index| pfn(&one, here, index))
+        .collect::<Result<Vec<_>>>()?;
+    let mut moved = 0;
+    wait::until("compaction has moved a merged page", PATIENCE, || {
+        fs::write(compact, "1").context(compact)?;
+        moved = 0;
+        for (&index, old) in kept.iter().zip(&before) {
+            moved += usize::from(pfn(&one, here, index)? != *old);
+        }
+        Ok(moved > 0)
+    })?;
+    for index in kept {
+        let now = pfn(&one, here, index)?;
+        ensure!(
+            now == pfn(&other, there, index)?,
+            "a page was moved for one process only"
+        );
+        ensure!(
+            now.flags()?.ksm(),
+            "a moved page is not a KSM page any more"
+        );
+        one.verify(here.part(index, 1), CONTENT.from_page(index))?;
+        other.verify(there.part(index, 1), CONTENT.from_page(index))?;
+    }
+    ksm.merge_until(merged)
+}

@@ -1,0 +1,717 @@
+//! Helper processes that do what a test tells them to.
+//!
+//! A helper is a fork of the test (or of another helper) that executes commands which arrive on a socket, one at
+//! a time, and answers each. It is killed when its [`Child`] is dropped.
+
+use std::fs;
+use std::io;
+use std::io::BufRead;
+use std::io::BufReader;
+use std::io::IoSlice;
+use std::io::IoSliceMut;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
+use std::os::fd::FromRawFd;
+use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command as Program;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::anyhow;
+use anyhow::bail;
+use anyhow::ensure;
+use nix::errno::Errno;
+use nix::poll::PollFd;
+use nix::poll::PollFlags;
+use nix::poll::PollTimeout;
+use nix::poll::poll;
+use nix::sys::signal::SaFlags;
+use nix::sys::signal::SigAction;
+use nix::sys::signal::SigHandler;
+use nix::sys::signal::SigSet;
+use nix::sys::signal::Signal;
+use nix::sys::signal::sigaction;
+use nix::sys::socket::ControlMessage;
+use nix::sys::socket::ControlMessageOwned;
+use nix::sys::socket::MsgFlags;
+use nix::sys::socket::recvmsg;
+use nix::sys::socket::sendmsg;
+use nix::sys::wait::WaitStatus;
+use nix::sys::wait::waitpid;
+use nix::unistd::ForkResult;
+use nix::unistd::Pid;
+use nix::unistd::fork;
+use serde::Deserialize;
+use serde::Serialize;
+
+use crate::memory;
+use crate::memory::Content;
+use crate::memory::Mapping;
+use crate::memory::Region;
+use crate::procfs;
+use crate::procfs::MapEntry;
+use crate::procfs::Pfn;
+use crate::wait;
+use crate::wait::PATIENCE;
+
+/// What a helper can be told to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Command {
+    Map(Mapping),
+    MapFile {
+        path: String,
+        pages: usize,
+    },
+    Munmap(Region),
+    Remap {
+        region: Region,
+        pages: usize,
+        flags: i32,
+        to: usize,
+    },
+    Fill(Region, Content),
+    Checksums(Region),
+    Write {
+        addr: usize,
+        bytes: Vec<u8>,
+    },
+    Read {
+        addr: usize,
+        len: usize,
+    },
+    Advise(Region, i32),
+    Protect(Region, i32),
+    Lock {
+        region: Region,
+        lock: bool,
+    },
+    Prctl {
+        option: i32,
+        arg: u64,
+    },
+    PrctlMce {
+        policy: u64,
+    },
+    Fork,
+    ReadDirect {
+        path: String,
+        region: Region,
+    },
+    CatchBusErrors,
+    BusError,
+    Churn {
+        region: Region,
+        seed: u64,
+    },
+    Exit(i32),
+}
+
+/// What a helper answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Reply {
+    Done,
+    Number(i64),
+    Region(Region),
+    Checksums(Vec<u64>),
+    Bytes(Vec<u8>),
+    BusError(Option<BusError>),
+    Errno(i32),
+}
+
+/// A SIGBUS that a helper caught.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BusError {
+    /// The signal's code, `BUS_MCEERR_AO` for instance.
+    pub code: i32,
+    /// The address it is about.
+    pub addr: usize,
+}
+
+/// `BUS_MCEERR_AO`: a page went bad that the process maps; nothing need be done at once.
+pub const BUS_MCEERR_AO: i32 = 5;
+
+/// `PR_MCE_KILL_LATE` and `PR_MCE_KILL_EARLY`: when a process wants to hear that one of its pages went bad.
+pub const MCE_KILL_LATE: u64 = 0;
+/// See [`MCE_KILL_LATE`].
+pub const MCE_KILL_EARLY: u64 = 1;
+
+/// First argument of a program that is to serve as a helper; the second is the descriptor of its socket.
+const HELPER_ARGUMENT: &str = "--serve-as-helper";
+
+/// A helper process.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    pidfd: OwnedFd,
+    control: BufReader<UnixStream>,
+    /// Helpers forked by helpers are reaped by their own parent.
+    ours: bool,
+}
+
+impl Child {
+    /// Forks a helper.
+    pub fn spawn() -> Result<Self> {
+        let (near, far) = UnixStream::pair()?;
+        // SAFETY: Tests have one thread only, so the child may do whatever the parent may.
+        match unsafe { fork() }.context("fork")? {
+            ForkResult::Parent { child } => Self::new(child, near, true),
+            ForkResult::Child => {
+                drop(near);
+                serve(far)
+            }
+        }
+    }
+
+    /// Starts a helper with `exec`, so that it has an address space of its own from the beginning. `prepare` runs
+    /// in the new process just before.
+    pub fn spawn_program(
+        prepare: impl Fn() -> io::Result<()> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let (near, far) = UnixStream::pair()?;
+        let number = far.as_raw_fd();
+        let mut program = Program::new("/proc/self/exe");
+        program.arg(HELPER_ARGUMENT).arg(number.to_string());
+        // SAFETY: Tests have one thread only, so the child may do whatever the parent may.
+        unsafe {
+            program.pre_exec(move || {
+                nix::fcntl::fcntl(
+                    std::os::fd::BorrowedFd::borrow_raw(number),
+                    nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+                )?;
+                prepare()
+            })
+        };
+        let child = program.spawn().context("starting the helper program")?;
+        Self::new(Pid::from_raw(child.id() as i32), near, true)
+    }
+
+    fn new(pid: Pid, control: UnixStream, ours: bool) -> Result<Self> {
+        // SAFETY: pidfd_open takes two integers and returns a new descriptor.
+        let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })
+            .context("pidfd_open")?;
+        // SAFETY: The descriptor was just opened and belongs to nobody else.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+        control.set_read_timeout(Some(2 * PATIENCE * wait::slowness()))?;
+        Ok(Self {
+            pid,
+            pidfd,
+            control: BufReader::new(control),
+            ours,
+        })
+    }
+
+    /// The helper's process id.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    fn begin(&self, command: &Command) -> Result<()> {
+        let mut line = serde_json::to_vec(command)?;
+        line.push(b'\n');
+        self.control
+            .get_ref()
+            .write_all(&line)
+            .with_context(|| format!("telling helper {} {command:?}", self.pid))
+    }
+
+    fn finish(&mut self) -> Result<Reply> {
+        let mut line = String::new();
+        let read = self
+            .control
+            .read_line(&mut line)
+            .with_context(|| format!("answer of helper {}", self.pid))?;
+        if read == 0 {
+            bail!("helper {} died instead of answering", self.pid);
+        }
+        match serde_json::from_str(&line)? {
+            Reply::Errno(number) => Err(anyhow!(Errno::from_raw(number))),
+            reply => Ok(reply),
+        }
+    }
+
+    fn order(&mut self, command: &Command) -> Result<Reply> {
+        self.begin(command)?;
+        self.finish()
+            .with_context(|| format!("helper {} doing {command:.80?}", self.pid))
+    }
+
+    fn done(&mut self, command: &Command) -> Result<()> {
+        match self.order(command)? {
+            Reply::Done => Ok(()),
+            other => bail!("unexpected answer {other:?} to {command:?}"),
+        }
+    }
+
+    fn region(&mut self, command: &Command) -> Result<Region> {
+        match self.order(command)? {
+            Reply::Region(region) => Ok(region),
+            other => bail!("unexpected answer {other:?} to {command:?}"),
+        }
+    }
+
+    /// Maps memory.
+    pub fn map(&mut self, mapping: Mapping) -> Result<Region> {
+        self.region(&Command::Map(mapping))
+    }
+
+    /// Maps memory in small pages, fills it and advises that it be merged.
+    pub fn map_mergeable(&mut self, pages: usize, content: Content) -> Result<Region> {
+        let region = self.map(Mapping::pages(pages))?;
+        self.fill(region, content)?;
+        self.advise(region, libc::MADV_MERGEABLE)?;
+        Ok(region)
+    }
+
+    /// Maps the beginning of a file privately.
+    pub fn map_file(&mut self, path: &str, pages: usize) -> Result<Region> {
+        self.region(&Command::MapFile {
+            path: path.to_owned(),
+            pages,
+        })
+    }
+
+    /// Unmaps memory.
+    pub fn munmap(&mut self, region: Region) -> Result<()> {
+        self.done(&Command::Munmap(region))
+    }
+
+    /// `mremap` with any flags; `to` counts with `MREMAP_FIXED` only.
+    pub fn remap(&mut self, region: Region, pages: usize, flags: i32, to: usize) -> Result<Region> {
+        self.region(&Command::Remap {
+            region,
+            pages,
+            flags,
+            to,
+        })
+    }
+
+    /// Fills memory.
+    pub fn fill(&mut self, region: Region, content: Content) -> Result<()> {
+        self.done(&Command::Fill(region, content))
+    }
+
+    /// Fails unless memory contains exactly this.
+    pub fn verify(&mut self, region: Region, content: Content) -> Result<()> {
+        let sums = self.checksums(region)?;
+        content
+            .check(&sums)
+            .with_context(|| format!("memory of helper {}", self.pid))
+    }
+
+    /// Checksums of pages.
+    pub fn checksums(&mut self, region: Region) -> Result<Vec<u64>> {
+        match self.order(&Command::Checksums(region))? {
+            Reply::Checksums(sums) => Ok(sums),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Writes bytes.
+    pub fn write(&mut self, addr: usize, bytes: &[u8]) -> Result<()> {
+        self.done(&Command::Write {
+            addr,
+            bytes: bytes.to_vec(),
+        })
+    }
+
+    /// Reads bytes.
+    pub fn read(&mut self, addr: usize, len: usize) -> Result<Vec<u8>> {
+        match self.order(&Command::Read { addr, len })? {
+            Reply::Bytes(bytes) => Ok(bytes),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// `madvise`.
+    pub fn advise(&mut self, region: Region, advice: i32) -> Result<()> {
+        self.done(&Command::Advise(region, advice))
+    }
+
+    /// `madvise` that may kill the caller; nothing is said about how it went.
+    pub fn advise_at_any_cost(&mut self, region: Region, advice: i32) -> Result<()> {
+        self.begin(&Command::Advise(region, advice))
+    }
+
+    /// `mprotect`.
+    pub fn protect(&mut self, region: Region, prot: i32) -> Result<()> {
+        self.done(&Command::Protect(region, prot))
+    }
+
+    /// `mlock` or `munlock`.
+    pub fn lock(&mut self, region: Region, lock: bool) -> Result<()> {
+        self.done(&Command::Lock { region, lock })
+    }
+
+    /// `prctl` with one argument.
+    pub fn prctl(&mut self, option: i32, arg: u64) -> Result<i64> {
+        match self.order(&Command::Prctl { option, arg })? {
+            Reply::Number(number) => Ok(number),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Says when the helper wants to hear of bad pages: [`MCE_KILL_LATE`] or [`MCE_KILL_EARLY`].
+    pub fn set_memory_error_policy(&mut self, policy: u64) -> Result<()> {
+        self.done(&Command::PrctlMce { policy })
+    }
+
+    /// Makes the helper note the next SIGBUS instead of dying of it.
+    pub fn catch_bus_errors(&mut self) -> Result<()> {
+        self.done(&Command::CatchBusErrors)
+    }
+
+    /// The SIGBUS that was caught, if any.
+    pub fn bus_error(&mut self) -> Result<Option<BusError>> {
+        match self.order(&Command::BusError)? {
+            Reply::BusError(error) => Ok(error),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Starts an `O_DIRECT` read of a file into memory; [`Child::finish_read`] waits for its end.
+    pub fn begin_read_direct(&mut self, path: &str, region: Region) -> Result<()> {
+        self.begin(&Command::ReadDirect {
+            path: path.to_owned(),
+            region,
+        })
+    }
+
+    /// Waits for the read to end and returns the number of bytes.
+    pub fn finish_read(&mut self) -> Result<i64> {
+        match self.finish()? {
+            Reply::Number(number) => Ok(number),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Makes the helper write to the region's pages and check them, for ever and without answering again. It exits
+    /// with a status other than 0 when it reads something that it did not write.
+    pub fn churn(&mut self, region: Region, seed: u64) -> Result<()> {
+        self.begin(&Command::Churn { region, seed })
+    }
+
+    /// Forks the helper; the new one has a copy of its memory.
+    pub fn fork(&mut self) -> Result<Self> {
+        let (near, far) = UnixStream::pair()?;
+        self.done(&Command::Fork)?;
+        let fds = [far.as_raw_fd()];
+        let message = [ControlMessage::ScmRights(&fds)];
+        let socket = self.control.get_ref().as_raw_fd();
+        sendmsg::<()>(
+            socket,
+            &[IoSlice::new(b"f")],
+            &message,
+            MsgFlags::empty(),
+            None,
+        )
+        .context("passing a socket")?;
+        match self.finish()? {
+            Reply::Number(pid) => Self::new(Pid::from_raw(pid as i32), near, false),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Tells the helper to exit, and waits until it has.
+    pub fn exit(mut self) -> Result<()> {
+        self.begin(&Command::Exit(0))?;
+        let status = self.wait()?;
+        ensure!(
+            status.is_none_or(|status| status == WaitStatus::Exited(self.pid, 0)),
+            "helper ended with {status:?}"
+        );
+        Ok(())
+    }
+
+    /// Kills the helper, and waits until it is gone.
+    pub fn kill(mut self) -> Result<()> {
+        let status = self.kill_and_wait()?;
+        let killed = WaitStatus::Signaled(self.pid, Signal::SIGKILL, false);
+        ensure!(
+            status.is_none_or(|status| status == killed),
+            "helper ended with {status:?}"
+        );
+        Ok(())
+    }
+
+    fn kill_and_wait(&mut self) -> Result<Option<WaitStatus>> {
+        // SAFETY: The descriptor is a pidfd, and no siginfo is passed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                libc::SIGKILL,
+                0,
+                0,
+            )
+        };
+        self.wait()
+    }
+
+    /// Whether the helper still runs.
+    pub fn alive(&self) -> Result<bool> {
+        Ok(!self.ended_within(Duration::ZERO)?)
+    }
+
+    fn ended_within(&self, limit: Duration) -> Result<bool> {
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(limit).expect("a limit of minutes");
+        Ok(poll(&mut fds, timeout).context("poll")? != 0)
+    }
+
+    /// Waits until the helper has ended. How it ended is known only if this process is its parent.
+    pub fn wait(&mut self) -> Result<Option<WaitStatus>> {
+        ensure!(
+            self.ended_within(PATIENCE * wait::slowness())?,
+            "helper {} does not end",
+            self.pid
+        );
+        if self.ours {
+            self.ours = false;
+            return Ok(Some(waitpid(self.pid, None)?));
+        }
+        Ok(None)
+    }
+
+    /// `pagemap` entries of the helper's memory.
+    pub fn map_entries(&self, region: Region) -> Result<Vec<MapEntry>> {
+        procfs::map_entries(self.pid(), region)
+    }
+
+    /// The physical pages of the helper's memory, all of which must be present.
+    pub fn pfns(&self, region: Region) -> Result<Vec<Pfn>> {
+        procfs::pfns(self.pid(), region)
+    }
+
+    /// How many of the pages are KSM pages.
+    pub fn ksm_pages(&self, region: Region) -> Result<usize> {
+        procfs::ksm_pages(self.pid(), region)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // A helper that cannot be killed is found by the runner, which waits for the whole process group.
+        let _ = self.kill_and_wait();
+    }
+}
+
+/// Serves as a helper and never returns, if the program was started as one.
+pub fn serve_if_asked() {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() != Some(HELPER_ARGUMENT) {
+        return;
+    }
+    let fd: RawFd = arguments
+        .next()
+        .and_then(|number| number.parse().ok())
+        .expect("a descriptor");
+    // SAFETY: The parent left this descriptor open for us, and nothing else in this process uses it.
+    serve(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// The helper's life.
+fn serve(socket: UnixStream) -> ! {
+    // Helpers' own children are reaped by the kernel.
+    // SAFETY: Ignoring a signal installs no handler.
+    let _ = unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+    let mut control = BufReader::new(socket);
+    loop {
+        let mut line = String::new();
+        match control.read_line(&mut line) {
+            Ok(0) => leave(0),
+            Ok(_) => {}
+            Err(_) => leave(101),
+        }
+        let Ok(command) = serde_json::from_str(&line) else {
+            leave(102)
+        };
+        let reply = match command {
+            Command::Exit(status) => leave(status),
+            Command::Churn { region, seed } => churn(region, seed),
+            Command::Fork => match fork_helper(&mut control) {
+                Ok(Some(pid)) => Reply::Number(pid.as_raw().into()),
+                Ok(None) => continue,
+                Err(errno) => Reply::Errno(errno as i32),
+            },
+            command => execute(command).unwrap_or_else(|errno| Reply::Errno(errno as i32)),
+        };
+        if send(&control, &reply).is_err() {
+            leave(103);
+        }
+    }
+}
+
+fn send(control: &BufReader<UnixStream>, reply: &Reply) -> io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    control.get_ref().write_all(&line)
+}
+
+/// Ends the process without running anything that belongs to the test it was forked from.
+fn leave(status: i32) -> ! {
+    // SAFETY: _exit may be called at any time.
+    unsafe { libc::_exit(status) }
+}
+
+/// Forks. In the parent returns the child's id; in the child, which listens to a socket of its own, returns `None`.
+fn fork_helper(control: &mut BufReader<UnixStream>) -> Result<Option<Pid>, Errno> {
+    send(control, &Reply::Done).map_err(|_| Errno::EPIPE)?;
+    let mut byte = [0];
+    let mut space = nix::cmsg_space!(RawFd);
+    let fd = {
+        let mut iov = [IoSliceMut::new(&mut byte)];
+        let socket = control.get_ref().as_raw_fd();
+        let message = recvmsg::<()>(socket, &mut iov, Some(&mut space), MsgFlags::empty())?;
+        let fds = message.cmsgs()?.find_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
+            _ => None,
+        });
+        fds.ok_or(Errno::EBADMSG)?
+    };
+    // SAFETY: The descriptor was just received and belongs to nobody else.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    // SAFETY: Helpers have one thread only.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => {
+            *control = BufReader::new(socket);
+            Ok(None)
+        }
+    }
+}
+
+fn execute(command: Command) -> Result<Reply, Errno> {
+    // SAFETY: The test names only regions that it had this helper map, or whose mapping it knows otherwise. A
+    // mistake kills the helper, which the test notices.
+    unsafe {
+        match command {
+            Command::Map(mapping) => return mapping.map().map(Reply::Region),
+            Command::MapFile { path, pages } => return map_file(&path, pages).map(Reply::Region),
+            Command::Munmap(region) => memory::munmap(region)?,
+            Command::Remap {
+                region,
+                pages,
+                flags,
+                to,
+            } => {
+                return memory::remap(region, pages, flags, to).map(Reply::Region);
+            }
+            Command::Fill(region, content) => memory::fill(region, content),
+            Command::Checksums(region) => return Ok(Reply::Checksums(memory::checksums(region))),
+            Command::Write { addr, bytes } => memory::write(addr, &bytes),
+            Command::Read { addr, len } => return Ok(Reply::Bytes(memory::read(addr, len))),
+            Command::Advise(region, advice) => memory::advise(region, advice)?,
+            Command::Protect(region, prot) => memory::protect(region, prot)?,
+            Command::Lock { region, lock } => memory::lock(region, lock)?,
+            Command::Prctl { option, arg } => {
+                let value = Errno::result(libc::prctl(option, arg, 0_u64, 0_u64, 0_u64))?;
+                return Ok(Reply::Number(value.into()));
+            }
+            Command::PrctlMce { policy } => {
+                let set = libc::PR_MCE_KILL_SET as u64;
+                Errno::result(libc::prctl(libc::PR_MCE_KILL, set, policy, 0_u64, 0_u64))?;
+            }
+            Command::ReadDirect { path, region } => return read_direct(&path, region),
+            Command::CatchBusErrors => catch_bus_errors()?,
+            Command::BusError => return Ok(Reply::BusError(caught_bus_error())),
+            Command::Fork | Command::Churn { .. } | Command::Exit(_) => {
+                unreachable!("handled by the caller")
+            }
+        }
+    }
+    Ok(Reply::Done)
+}
+
+fn errno_of(error: io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn map_file(path: &str, pages: usize) -> Result<Region, Errno> {
+    let file = fs::File::open(path).map_err(errno_of)?;
+    let len = std::num::NonZeroUsize::new(pages * memory::PAGE).ok_or(Errno::EINVAL)?;
+    use nix::sys::mman::MapFlags;
+    use nix::sys::mman::ProtFlags;
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: A new mapping at an address of the kernel's choice touches no existing memory.
+    let addr = unsafe { nix::sys::mman::mmap(None, len, prot, MapFlags::MAP_PRIVATE, &file, 0) }?;
+    Ok(Region {
+        addr: addr.as_ptr() as usize,
+        pages,
+    })
+}
+
+fn read_direct(path: &str, region: Region) -> Result<Reply, Errno> {
+    let file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .map_err(errno_of)?;
+    // SAFETY: The region is mapped memory of this helper, touched only through raw pointers.
+    let read = unsafe {
+        libc::read(
+            file.as_raw_fd(),
+            region.addr as *mut libc::c_void,
+            region.len(),
+        )
+    };
+    Ok(Reply::Number(Errno::result(read)? as i64))
+}
+
+static BUS_CODE: AtomicUsize = AtomicUsize::new(0);
+static BUS_ADDR: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn note_bus_error(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: The kernel passes a valid siginfo to a handler installed with SA_SIGINFO, and for SIGBUS it has an
+    // address.
+    let (code, addr) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
+    BUS_ADDR.store(addr, Ordering::Relaxed);
+    BUS_CODE.store(code as usize, Ordering::Relaxed);
+    if code != BUS_MCEERR_AO {
+        // Returning would repeat the access that failed.
+        leave(128 + libc::SIGBUS);
+    }
+}
+
+fn catch_bus_errors() -> Result<(), Errno> {
+    let action = SigAction::new(
+        SigHandler::SigAction(note_bus_error),
+        SaFlags::SA_RESTART,
+        SigSet::empty(),
+    );
+    // SAFETY: The handler only stores to atomics and calls _exit.
+    unsafe { sigaction(Signal::SIGBUS, &action) }.map(drop)
+}
+
+fn caught_bus_error() -> Option<BusError> {
+    let code = BUS_CODE.load(Ordering::Relaxed) as i32;
+    (code != 0).then(|| BusError {
+        code,
+        addr: BUS_ADDR.load(Ordering::Relaxed),
+    })
+}
+
+/// Writes to pages and checks them for ever. Between two writes a page contains what many others do, so it is
+/// merged whenever somebody looks in time.
+fn churn(region: Region, seed: u64) -> ! {
+    let mut round = 0_u64;
+    loop {
+        let content = Content::Same(seed + round % 4);
+        // SAFETY: The test names a region that it had this helper map writable.
+        let sums = unsafe {
+            memory::fill(region, content);
+            memory::checksums(region)
+        };
+        if content.check(&sums).is_err() {
+            leave(104);
+        }
+        round += 1;
+    }
+}
