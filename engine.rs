@@ -282,7 +282,10 @@ impl Engine {
         let mut orphans = core::mem::replace(&mut self.orphans, KVVec::new());
         orphans.retain(|id| {
             // Ids are used again: an orphan may have found mappings, or be another node by now.
-            let empty = self.stable.node(*id).is_some_and(|node| node.sharers() == 0);
+            let empty = self
+                .stable
+                .node(*id)
+                .is_some_and(|node| node.sharers() == 0);
             empty && !self.drop_if_unused(*id)
         });
         self.orphans = orphans;

@@ -235,9 +235,8 @@ impl Ksm {
     /// Scans as many pages as one turn allows. Sleeps.
     fn scan_turn(&self) {
         let mut budget = self.knobs.pages_to_scan() as usize;
-        let pause = || {
-            kthread::should_stop() || kthread::freezing() || self.knobs.run() != Run::Merge
-        };
+        let pause =
+            || kthread::should_stop() || kthread::freezing() || self.knobs.run() != Run::Merge;
         while budget > 0 && !pause() {
             // Let go of after each batch: writers of knobs and memory hotplug wait for it.
             let mut guard = self.engine();

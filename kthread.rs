@@ -46,7 +46,8 @@ impl<T: Work> Thread<T> {
     pub(crate) fn start(work: Arc<T>) -> Result<Self> {
         let data = core::ptr::from_ref::<T>(&work).cast_mut();
         // SAFETY: `main` is the function for this type of work, which stays allocated until the thread was stopped.
-        let task = from_err_ptr(unsafe { bindings::ksm_rs_kthread_run(Some(main::<T>), data.cast()) })?;
+        let task =
+            from_err_ptr(unsafe { bindings::ksm_rs_kthread_run(Some(main::<T>), data.cast()) })?;
         // INVARIANT: `main` returns only once it should stop.
         Ok(Self {
             task: NonNull::new(task).ok_or(ENOMEM)?,
@@ -62,6 +63,11 @@ impl<T: Work> Drop for Thread<T> {
     }
 }
 
+/// The thread's function.
+///
+/// # Safety
+///
+/// `data` must be a `T` that outlives the thread.
 unsafe extern "C" fn main<T: Work>(data: *mut ffi::c_void) -> ffi::c_int {
     // SAFETY: `Thread` keeps the work allocated until this function has returned.
     let work = unsafe { &*data.cast::<T>() };

@@ -68,7 +68,12 @@ impl Engine {
             };
         }
         match StableNode::owner_of(page) {
-            Some(id) if self.stable.node(id).is_some_and(|node| node.stands_for(page)) => {
+            Some(id)
+                if self
+                    .stable
+                    .node(id)
+                    .is_some_and(|node| node.stands_for(page)) =>
+            {
                 Seen::Merged(id)
             }
             _ => Seen::Foreign,

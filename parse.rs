@@ -3,10 +3,7 @@
 //! Numbers in text, by the kernel's own `kstrto*()`: what the stock KSM accepts, we accept.
 
 use crate::mm::bindings;
-use kernel::{
-    error::to_result,
-    prelude::*,
-};
+use kernel::{error::to_result, prelude::*};
 
 /// Decimal, as all of stock's files want it.
 const BASE: u32 = 10;

@@ -62,9 +62,7 @@ impl Slots {
             .reserve(self.table.len().saturating_add(1), GFP_KERNEL)?;
         self.table.push(None, GFP_KERNEL)?;
         // INVARIANT: The new number is vacant; there is room, as all numbers fit.
-        self.vacant
-            .push_within_capacity(slot)
-            .map_err(|_| ENOMEM)?;
+        self.vacant.push_within_capacity(slot).map_err(|_| ENOMEM)?;
         Ok(slot)
     }
 

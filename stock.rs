@@ -73,8 +73,7 @@ impl Stock {
         let (run, shared) = unsafe {
             (
                 Atomic::<usize>::from_ptr(variables.ksm_run as *mut usize).load(Relaxed),
-                Atomic::<usize>::from_ptr(variables.ksm_pages_shared as *mut usize)
-                    .load(Relaxed),
+                Atomic::<usize>::from_ptr(variables.ksm_pages_shared as *mut usize).load(Relaxed),
             )
         };
         if run != 0 || shared != 0 {
@@ -102,7 +101,11 @@ impl Stock {
             bindings::mutex_lock(self.thread_mutex);
             let run = Atomic::<usize>::from_ptr(self.run);
             let old = run.load(Relaxed);
-            let new = if on { old | RUN_UNMERGE } else { old & !RUN_UNMERGE };
+            let new = if on {
+                old | RUN_UNMERGE
+            } else {
+                old & !RUN_UNMERGE
+            };
             run.store(new, Relaxed);
             bindings::mutex_unlock(self.thread_mutex);
         }
@@ -139,11 +142,7 @@ impl Symlink {
     pub(crate) fn to(directory: &Directory, stock: &Stock) -> Result<Self> {
         // SAFETY: Both kobjects are in sysfs; should the target go first, the link dangles, no more.
         let error = unsafe {
-            bindings::sysfs_create_link(
-                stock.mm_kobj,
-                directory.kobject(),
-                DIRECTORY.as_char_ptr(),
-            )
+            bindings::sysfs_create_link(stock.mm_kobj, directory.kobject(), DIRECTORY.as_char_ptr())
         };
         to_result(error)?;
         // INVARIANT: Just made.

@@ -7,10 +7,7 @@
 //! knows where they are, and a kprobe knows where it is itself. Resolution is all or nothing.
 
 use crate::mm::bindings;
-use kernel::{
-    ffi,
-    prelude::*,
-};
+use kernel::{ffi, prelude::*};
 
 /// Tells a static call in `helpers.c` the address of its function.
 type Bind = unsafe extern "C" fn(ffi::c_ulong);

@@ -71,8 +71,12 @@ macro_rules! file {
     };
 }
 
-file!(RunFile, c"run", |ksm| ksm.knobs.run() as u64, |ksm, text| ksm
-    .set_run(knobs::run(text)?));
+file!(
+    RunFile,
+    c"run",
+    |ksm| ksm.knobs.run() as u64,
+    |ksm, text| ksm.set_run(knobs::run(text)?)
+);
 file!(
     PagesToScan,
     c"pages_to_scan",
@@ -104,32 +108,38 @@ file!(
     |ksm| ksm.knobs.max_page_sharing().into(),
     |ksm, text| ksm.set_max_page_sharing(knobs::max_page_sharing(text)?)
 );
-file!(PagesShared, c"pages_shared", |ksm| ksm
-    .stats
-    .pages_shared
-    .get() as u64);
-file!(PagesSharing, c"pages_sharing", |ksm| ksm
-    .stats
-    .pages_sharing
-    .get() as u64);
-file!(PagesUnshared, c"pages_unshared", |ksm| ksm
-    .stats
-    .pages_unshared
-    .get() as u64);
-file!(PagesVolatile, c"pages_volatile", |ksm| ksm
-    .stats
-    .pages_volatile()
-    as u64);
-file!(PagesScanned, c"pages_scanned", |ksm| ksm
-    .stats
-    .pages_scanned
-    .get() as u64);
+file!(
+    PagesShared,
+    c"pages_shared",
+    |ksm| ksm.stats.pages_shared.get() as u64
+);
+file!(
+    PagesSharing,
+    c"pages_sharing",
+    |ksm| ksm.stats.pages_sharing.get() as u64
+);
+file!(
+    PagesUnshared,
+    c"pages_unshared",
+    |ksm| ksm.stats.pages_unshared.get() as u64
+);
+file!(
+    PagesVolatile,
+    c"pages_volatile",
+    |ksm| ksm.stats.pages_volatile() as u64
+);
+file!(
+    PagesScanned,
+    c"pages_scanned",
+    |ksm| ksm.stats.pages_scanned.get() as u64
+);
 file!(FullScans, c"full_scans", |ksm| ksm.stats.full_scans.get()
     as u64);
-file!(AllocFailures, c"alloc_failures", |ksm| ksm
-    .stats
-    .alloc_failures
-    .get() as u64);
+file!(
+    AllocFailures,
+    c"alloc_failures",
+    |ksm| ksm.stats.alloc_failures.get() as u64
+);
 
 /// A `kobj_attribute` in a static.
 #[repr(transparent)]
@@ -184,6 +194,11 @@ files!(
     AllocFailures,
 );
 
+/// Reads a file.
+///
+/// # Safety
+///
+/// `buffer` must have room for a page, as sysfs gives it.
 unsafe extern "C" fn show<F: File>(
     _kobject: *mut bindings::kobject,
     _attribute: *mut bindings::kobj_attribute,
@@ -191,12 +206,16 @@ unsafe extern "C" fn show<F: File>(
 ) -> isize {
     with(|ksm| {
         // SAFETY: sysfs passes a buffer of a page; the format wants one `unsigned long long`.
-        let length =
-            unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), F::show(ksm)) };
+        let length = unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), F::show(ksm)) };
         isize::try_from(length).map_err(|_| EIO)
     })
 }
 
+/// Writes to a file.
+///
+/// # Safety
+///
+/// `text` must be a C string, which sysfs makes of what is written.
 unsafe extern "C" fn store<F: File>(
     _kobject: *mut bindings::kobject,
     _attribute: *mut bindings::kobj_attribute,
@@ -246,11 +265,12 @@ impl Directory {
             ..Default::default()
         };
         // SAFETY: The parent is in sysfs for ever; the name is a C string.
-        let kobject = unsafe {
-            bindings::kobject_create_and_add(DIRECTORY.as_char_ptr(), stock.mm_kobj())
-        };
+        let kobject =
+            unsafe { bindings::kobject_create_and_add(DIRECTORY.as_char_ptr(), stock.mm_kobj()) };
         let kobject = NonNull::new(kobject).ok_or_else(|| {
-            pr_err!("/sys/kernel/mm/ksm_rs cannot be made; wanted no such directory and some memory\n");
+            pr_err!(
+                "/sys/kernel/mm/ksm_rs cannot be made; wanted no such directory and some memory\n"
+            );
             ENOMEM
         })?;
         SHOWN.store(core::ptr::from_ref::<Ksm>(&ksm) as usize, Release);

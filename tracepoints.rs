@@ -98,11 +98,21 @@ impl<T: Observer> Drop for Probes<T> {
     }
 }
 
+/// Probe of `ksm_enter`.
+///
+/// # Safety
+///
+/// `data` must be a live `T`, `mm` a live `mm_struct`.
 unsafe extern "C" fn on_enter<T: Observer>(data: *mut ffi::c_void, mm: *mut ffi::c_void) {
     // SAFETY: `data` is the observer, see `register()`; the core passes a live `mm_struct`.
     unsafe { (*data.cast::<T>()).enter(AddressSpace::grab(mm.cast())) };
 }
 
+/// Probe of `ksm_exit`.
+///
+/// # Safety
+///
+/// `data` must be a live `T`.
 unsafe extern "C" fn on_exit<T: Observer>(data: *mut ffi::c_void, mm: *mut ffi::c_void) {
     // SAFETY: `data` is the observer, see `register()`.
     unsafe { (*data.cast::<T>()).exit(mm as usize) };
@@ -129,6 +139,11 @@ fn find(name: &'static CStr) -> Result<NonNull<bindings::tracepoint>> {
     })
 }
 
+/// Compares one tracepoint's name.
+///
+/// # Safety
+///
+/// `tracepoint` must be a tracepoint, `search` a [`Search`] that nobody else uses.
 unsafe extern "C" fn find_one(tracepoint: *mut bindings::tracepoint, search: *mut ffi::c_void) {
     // SAFETY: `search` comes from `find()`; a tracepoint's name is a C string that lives as long as it.
     unsafe {

@@ -119,7 +119,11 @@ impl Engine {
         let mut at = self.stable.first();
         while let Some(id) = at {
             at = self.stable.next(id);
-            if self.stable.node_mut(id).is_some_and(|node| node.abandon(offline)) {
+            if self
+                .stable
+                .node_mut(id)
+                .is_some_and(|node| node.abandon(offline))
+            {
                 self.retire(id);
             }
         }

@@ -92,6 +92,11 @@ impl<T: Bystander> Drop for Notifier<T> {
     }
 }
 
+/// The notifier's callback.
+///
+/// # Safety
+///
+/// `block` must be the first field of a live [`Block<T>`], and `data` what the core passes with `action`.
 unsafe extern "C" fn notified<T: Bystander>(
     block: *mut bindings::notifier_block,
     action: ffi::c_ulong,

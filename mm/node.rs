@@ -27,11 +27,7 @@ use crate::{
         WantedSize, //
     }, //
 };
-use core::{
-    cell::UnsafeCell,
-    mem::offset_of,
-    ptr::NonNull,
-};
+use core::{cell::UnsafeCell, mem::offset_of, ptr::NonNull};
 use kernel::{
     alloc::{
         AllocError,
@@ -349,9 +345,7 @@ impl StableNode {
             if first.is_null() {
                 return None;
             }
-            let item = first
-                .byte_sub(offset_of!(RawItem, hlist))
-                .cast::<RawItem>();
+            let item = first.byte_sub(offset_of!(RawItem, hlist)).cast::<RawItem>();
             Some(Id::from_raw((*item).owner))
         }
     }
@@ -388,7 +382,10 @@ impl Drop for StableNode {
             // SAFETY: The object came from a `KBox`; by the invariants neither a folio nor an item refers to it.
             drop(unsafe { KBox::from_raw(self.raw.as_ptr()) });
         } else {
-            pr_err!("a stable node still in use is leaked (pfn {:#x})\n", self.kpfn());
+            pr_err!(
+                "a stable node still in use is leaked (pfn {:#x})\n",
+                self.kpfn()
+            );
         }
     }
 }

@@ -235,7 +235,10 @@ impl PageLock<'_> {
     pub(super) unsafe fn set_mapping(&self, mapping: usize) {
         // SAFETY: The folio lock, which we hold, protects the field; the value is the caller's promise.
         unsafe {
-            bindings::ksm_rs_folio_set_mapping(self.page.folio(), mapping as *mut kernel::ffi::c_void)
+            bindings::ksm_rs_folio_set_mapping(
+                self.page.folio(),
+                mapping as *mut kernel::ffi::c_void,
+            )
         };
     }
 }

@@ -6,9 +6,9 @@ use super::bindings;
 use kernel::{
     mm::{
         virt::VmaRef,
+        Mm,
         MmWithUser,
         MmWithUserAsync,
-        Mm,
         MmapReadGuard, //
     },
     sync::{
@@ -115,9 +115,8 @@ impl Locked<'_> {
                 return None;
             }
             // SAFETY: `find_vma()` returned a VMA, and the lock keeps it valid as long as `self` is borrowed.
-            let vma = Vma {
-                vma: unsafe { VmaRef::from_raw(vma) },
-            };
+            let vma = unsafe { VmaRef::from_raw(vma) };
+            let vma = Vma { vma };
             if vma.is_mergeable() {
                 return Some(vma);
             }

@@ -155,7 +155,8 @@ unsafe fn anon_page(page: *mut bindings::page) -> Option<PageRef> {
     // lock is held.
     unsafe {
         let folio = bindings::ksm_rs_page_folio(page.as_ptr());
-        if bindings::ksm_rs_folio_is_zone_device(folio) || !bindings::ksm_rs_folio_test_anon(folio) {
+        if bindings::ksm_rs_folio_is_zone_device(folio) || !bindings::ksm_rs_folio_test_anon(folio)
+        {
             return None;
         }
         bindings::ksm_rs_folio_get(folio);
@@ -231,6 +232,11 @@ unsafe fn for_each_anon_page(
     }
 }
 
+/// Collects the pages behind one PMD entry; stops the walk once there are any.
+///
+/// # Safety
+///
+/// The arguments must be those of a `pmd_entry` callback, with `walk.private` as [`Vma::gather`] sets it.
 unsafe extern "C" fn gather_pmd_entry(
     pmdp: *mut bindings::pmd_t,
     address: ffi::c_ulong,
@@ -245,7 +251,11 @@ unsafe extern "C" fn gather_pmd_entry(
         for_each_anon_page(pmdp, address, end, walk, |address, page| {
             let full = gather.found.len() >= gather.limit;
             // A vector without room drops the page again, and the walk goes on from there.
-            let pushed = !full && gather.found.push_within_capacity(Found { address, page }).is_ok();
+            let pushed = !full
+                && gather
+                    .found
+                    .push_within_capacity(Found { address, page })
+                    .is_ok();
             if !pushed {
                 gather.resume = address;
             }
@@ -261,6 +271,11 @@ unsafe extern "C" fn gather_pmd_entry(
     ffi::c_int::from(contended)
 }
 
+/// Takes the page of one address.
+///
+/// # Safety
+///
+/// The arguments must be those of a `pmd_entry` callback, with `walk.private` as [`Vma::page_at`] sets it.
 unsafe extern "C" fn page_at_pmd_entry(
     pmdp: *mut bindings::pmd_t,
     address: ffi::c_ulong,
@@ -279,6 +294,11 @@ unsafe extern "C" fn page_at_pmd_entry(
     0
 }
 
+/// Looks for a KSM page; stops the walk at one.
+///
+/// # Safety
+///
+/// The arguments must be those of a `pmd_entry` callback, with `walk.private` as [`Vma::next_ksm_page`] sets it.
 unsafe extern "C" fn ksm_page_pmd_entry(
     pmdp: *mut bindings::pmd_t,
     mut address: ffi::c_ulong,

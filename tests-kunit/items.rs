@@ -77,7 +77,10 @@ mod tests {
             let next = pass.next();
             assert!(next != pass && next.next() != pass);
             item.set_unstable(Planted { nid: 3, pass: next });
-            assert_eq!(item.state(), State::Unstable(Planted { nid: 3, pass: next }));
+            assert_eq!(
+                item.state(),
+                State::Unstable(Planted { nid: 3, pass: next })
+            );
             pass = next;
         }
     }

@@ -18,7 +18,9 @@ mod tests {
     use super::*;
 
     /// What no number parser of the kernel takes.
-    const NO_NUMBERS: [&CStr; 9] = [c"", c"\n", c" ", c" 1", c"1 ", c"1\n\n", c"one", c"0x1", c"1 2"];
+    const NO_NUMBERS: [&CStr; 9] = [
+        c"", c"\n", c" ", c" 1", c"1 ", c"1\n\n", c"one", c"0x1", c"1 2",
+    ];
 
     #[test]
     fn run_takes_three_states_only() {
@@ -63,7 +65,10 @@ mod tests {
     #[test]
     fn max_page_sharing_takes_two_and_more() {
         assert_eq!(max_page_sharing(c"2"), Ok(2));
-        assert_eq!(max_page_sharing(c"2147483647\n"), Ok(i32::MAX.unsigned_abs()));
+        assert_eq!(
+            max_page_sharing(c"2147483647\n"),
+            Ok(i32::MAX.unsigned_abs())
+        );
         for text in [c"1", c"0", c"-1", c"-2147483648"] {
             assert_eq!(max_page_sharing(text), Err(EINVAL));
         }
