@@ -19,7 +19,10 @@ use crate::{
         Rmap,
         State, //
     },
-    mm::node::RmapItem,
+    mm::{
+        self,
+        node::RmapItem, //
+    },
     registry::SlotId,
     scan::{
         Batch,
@@ -41,11 +44,15 @@ use kernel::{
 pub(crate) struct Policy {
     /// Most mappings of one KSM page, but for those that a fork makes.
     pub(crate) max_page_sharing: u32,
+    /// Whether empty pages are replaced by the zero page.
+    pub(crate) use_zero_pages: bool,
 }
 
 /// All that is known about pages.
 pub(crate) struct Engine {
     pub(crate) key: hash::Key,
+    /// What empty pages hash to.
+    pub(crate) empty: ContentHash,
     pub(crate) stats: Arc<Stats>,
     pub(crate) slots: Slots,
     pub(crate) items: Arena<PageItem>,
@@ -65,8 +72,10 @@ pub(crate) struct Engine {
 impl Engine {
     /// An engine that knows nothing. Sleeps.
     pub(crate) fn new(seed: u64, stats: Arc<Stats>) -> Result<Self> {
+        let key = hash::Key::new(seed);
         Ok(Self {
-            key: hash::Key::new(seed),
+            empty: ContentHash::new(mm::page::hash_of_empty(&key)),
+            key,
             stats,
             slots: Slots::new(),
             items: Arena::new(),
@@ -153,7 +162,7 @@ impl Engine {
                 self.stats.pages_sharing.down();
             }
             self.forget_rmap(rmap);
-            crate::mm::breathe();
+            mm::breathe();
         }
         drop(self.stable.remove(node_id));
     }
@@ -183,7 +192,7 @@ impl Engine {
         id: Id,
         node_id: Id,
         mut rmap: MergedRmap,
-        lock: &crate::mm::page::PageLock<'_>,
+        lock: &mm::page::PageLock<'_>,
     ) -> Result<(), MergedRmap> {
         let Some(node) = self.stable.node_mut(node_id) else {
             return Err(rmap);
@@ -263,7 +272,7 @@ impl Engine {
         if let Some(slot) = self.slots.get(slot) {
             slot.space.count_rmap_items(-1);
         }
-        crate::mm::breathe();
+        mm::breathe();
         item.next()
     }
 
@@ -306,7 +315,7 @@ impl Engine {
         } else {
             self.retire(id);
         }
-        crate::mm::breathe();
+        mm::breathe();
         true
     }
 }

@@ -61,6 +61,11 @@ impl Key {
     }
 }
 
+/// Returns the hash of words that are all zero; see [`hash_words`].
+pub(crate) fn hash_zeroes<const WORDS: usize>(key: &Key) -> u64 {
+    hash_words::<WORDS>(key, |_| 0)
+}
+
 /// Multiplies to 128 bits and folds the halves.
 #[inline(always)]
 const fn fold(one: u64, other: u64) -> u64 {

@@ -325,6 +325,22 @@ pte_t ksm_rs_pte_mksoft_dirty(pte_t pte)
 	return pte_mksoft_dirty(pte);
 }
 
+pte_t ksm_rs_mk_ksm_zero_pte(struct vm_area_struct *vma, unsigned long addr)
+{
+	return pte_mkdirty(pte_mkspecial(pfn_pte(page_to_pfn(ZERO_PAGE(addr)), vma->vm_page_prot)));
+}
+
+/* dec_mm_counter() has a tracepoint in it that is not exported. */
+void ksm_rs_count_zero_page(struct mm_struct *mm, atomic_long_t *all)
+{
+	atomic_long_inc(all); atomic_long_inc(&mm->ksm_zero_pages); percpu_counter_dec(&mm->rss_stat[MM_ANONPAGES]);
+}
+
+long ksm_rs_atomic_long_read(const atomic_long_t *value)
+{
+	return atomic_long_read(value);
+}
+
 void ksm_rs_set_pte_at(struct mm_struct *mm, unsigned long addr, pte_t *ptep, pte_t pte)
 {
 	set_pte_at(mm, addr, ptep, pte);

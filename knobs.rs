@@ -9,6 +9,7 @@ use kernel::{
     prelude::*,
     sync::atomic::{
         Atomic,
+        AtomicFlag,
         Relaxed, //
     }, //
 };
@@ -42,7 +43,7 @@ pub(crate) fn run(text: &CStr) -> Result<Run> {
     Run::from_number(number).ok_or(EINVAL)
 }
 
-/// What `sleep_millisecs` and `pages_to_scan` take: any `unsigned int`; `EINVAL` for all else.
+/// What `sleep_millisecs`, `pages_to_scan` and `stable_node_chains_prune_millisecs` take: any `unsigned int`; `EINVAL` for all else.
 pub(crate) fn any_uint(text: &CStr) -> Result<u32> {
     parse::uint(text).map_err(|_| EINVAL)
 }
@@ -54,6 +55,11 @@ pub(crate) fn merge_across_nodes(text: &CStr) -> Result<bool> {
         1 => Ok(true),
         _ => Err(EINVAL),
     }
+}
+
+/// What `use_zero_pages` takes: what `kstrtobool()` does; `EINVAL` for all else.
+pub(crate) fn use_zero_pages(text: &CStr) -> Result<bool> {
+    parse::truth(text)
 }
 
 /// What `max_page_sharing` takes: an `int` from 2 up. `ERANGE` past an `int`, else `EINVAL`.
@@ -70,6 +76,8 @@ pub(crate) struct Knobs {
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
     max_page_sharing: Atomic<u32>,
+    use_zero_pages: AtomicFlag,
+    prune_millisecs: Atomic<u32>,
 }
 
 impl Knobs {
@@ -80,6 +88,8 @@ impl Knobs {
             pages_to_scan: Atomic::new(100),
             sleep_millisecs: Atomic::new(20),
             max_page_sharing: Atomic::new(256),
+            use_zero_pages: AtomicFlag::new(false),
+            prune_millisecs: Atomic::new(2000),
         }
     }
 
@@ -111,6 +121,27 @@ impl Knobs {
     /// Sets the milliseconds to sleep in between.
     pub(crate) fn set_sleep_millisecs(&self, millisecs: u32) {
         self.sleep_millisecs.store(millisecs, Relaxed);
+    }
+
+    /// Whether empty pages are replaced by the zero page.
+    pub(crate) fn use_zero_pages(&self) -> bool {
+        self.use_zero_pages.load(Relaxed)
+    }
+
+    /// Sets whether empty pages are replaced by the zero page.
+    pub(crate) fn set_use_zero_pages(&self, on: bool) {
+        self.use_zero_pages.store(on, Relaxed);
+    }
+
+    /// Milliseconds between two prunings of the copies of a KSM page, which we need not wait for: every search
+    /// drops the nodes without a page that it meets.
+    pub(crate) fn prune_millisecs(&self) -> u32 {
+        self.prune_millisecs.load(Relaxed)
+    }
+
+    /// Sets the milliseconds between two prunings.
+    pub(crate) fn set_prune_millisecs(&self, millisecs: u32) {
+        self.prune_millisecs.store(millisecs, Relaxed);
     }
 
     /// Most mappings of one KSM page.

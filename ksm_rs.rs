@@ -135,6 +135,8 @@ impl kernel::Module for KsmRs {
 
         let variables = symbols::resolve(kallsyms as usize)?;
         prove_layout(&variables)?;
+        // SAFETY: The address of the variable of this name.
+        unsafe { mm::zero::bind(variables.ksm_zero_pages) };
         let stock = Stock::take_over(&variables)?;
         let registry = Arc::pin_init(Registry::new(), GFP_KERNEL)?;
         let ksm = Ksm::new(random_seed(), registry.clone(), stock)?;

@@ -115,6 +115,7 @@ impl Ksm {
     fn policy(&self) -> Policy {
         Policy {
             max_page_sharing: self.knobs.max_page_sharing(),
+            use_zero_pages: self.knobs.use_zero_pages(),
         }
     }
 
@@ -128,10 +129,13 @@ impl Ksm {
     /// `Err(ENOMEM)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
     pub(crate) fn set_run(&self, run: Run) -> Result {
         let _control = self.control.lock();
-        if self.knobs.run() == run {
+        let same = self.knobs.run() == run;
+        self.knobs.set_run(run);
+        // As with stock, the thread is between two batches when the write returns; after 0, for good.
+        drop(self.engine());
+        if same {
             return Ok(());
         }
-        self.knobs.set_run(run);
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
             let undone = self.unmerge_all(true);

@@ -104,6 +104,12 @@ impl Engine {
             item.set_idle(hash);
             return;
         }
+        if policy.use_zero_pages && hash == self.empty {
+            // A mapping that is gone needs nothing more; otherwise an empty page is a page like others.
+            if let Ok(()) | Err(NotMerged::Gone) = self.map_zero_page(id) {
+                return;
+            }
+        }
         let nid = self.forest_of(nid);
         if let Found::Done = self.merge_with_stable(id, hash, nid, policy) {
             return;
@@ -220,6 +226,26 @@ impl Engine {
         vma.replace(address, &lock, kpage)?;
         rmap.item.bind(&vma);
         Ok(())
+    }
+
+    /// Maps the zero page in the place of the item's page, if that is empty. Sleeps.
+    fn map_zero_page(&self, id: Id) -> Result<(), NotMerged> {
+        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
+        let entered = space.enter().ok_or(NotMerged::Gone)?;
+        let locked = entered.lock();
+        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
+        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
+        if page.is_ksm() {
+            return Err(NotMerged::Gone);
+        }
+        let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+        if page.is_large() {
+            if !page.is_empty() {
+                return Err(NotMerged::Different);
+            }
+            lock.split()?;
+        }
+        vma.replace_by_zero_page(address, &lock)
     }
 
     fn merge_with_unstable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {

@@ -32,3 +32,11 @@ pub(crate) fn ulong(text: &CStr) -> Result<u64> {
     to_result(unsafe { bindings::kstrtoull(text.as_char_ptr(), BASE, &mut value) })?;
     Ok(value)
 }
+
+/// A truth value, as `kstrtobool()` takes it: `EINVAL` if it is none.
+pub(crate) fn truth(text: &CStr) -> Result<bool> {
+    let mut value = false;
+    // SAFETY: A C string and a place for the result.
+    to_result(unsafe { bindings::kstrtobool(text.as_char_ptr(), &mut value) })?;
+    Ok(value)
+}

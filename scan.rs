@@ -135,51 +135,62 @@ enum Gathered {
 }
 
 impl Engine {
-    /// Looks at a batch of pages, `budget` at the most, where the last call left off. `pause` is asked between
-    /// pages whether to leave the rest for later. Sleeps.
+    /// Looks at pages, `budget` or [`BATCH_PAGES`] at the most, where the last call left off. `pause` is asked
+    /// between pages whether to leave the rest for later. Sleeps.
     pub(crate) fn scan(
         &mut self,
         budget: usize,
         policy: Policy,
         pause: impl Fn() -> bool,
     ) -> Progress {
-        let Some(slot) = self.current_slot() else {
-            return if self.cursor.slot.is_some() {
-                self.finish_pass();
-                Progress::PassDone
-            } else {
-                Progress::Nothing
+        let mut left = budget.min(BATCH_PAGES);
+        // Page tables and address spaces without pages cost time too.
+        for _ in 0..BATCH_PAGES {
+            let Some(slot) = self.current_slot() else {
+                return if self.cursor.slot.is_some() {
+                    self.finish_pass();
+                    Progress::PassDone
+                } else {
+                    Progress::Nothing
+                };
             };
-        };
-        match self.gather(slot, budget.min(BATCH_PAGES)) {
-            Gathered::Pages(resume) => {
-                let pages = self.decide(slot, policy, pause);
-                if self.batch.seen.is_empty() {
+            match self.gather(slot, left) {
+                Gathered::Pages(resume) => {
+                    left = left.saturating_sub(self.decide(slot, policy, &pause));
+                    let paused = !self.batch.seen.is_empty();
+                    self.batch.seen.clear();
+                    if paused {
+                        break;
+                    }
                     self.cursor.skip_to(resume);
                 }
-                self.batch.seen.clear();
-                Progress::Pages(pages)
-            }
-            Gathered::Later(resume) => {
-                self.cursor.skip_to(resume);
-                Progress::Pages(0)
-            }
-            Gathered::End => {
-                if self.free_items_before(slot, usize::MAX) {
-                    self.leave(slot)
-                } else {
-                    Progress::Pages(0)
+                Gathered::Later(resume) => {
+                    self.cursor.skip_to(resume);
+                    break;
+                }
+                Gathered::End => {
+                    if !self.free_items_before(slot, usize::MAX) {
+                        break;
+                    }
+                    if self.leave(slot) {
+                        return Progress::PassDone;
+                    }
+                }
+                Gathered::Exiting => {
+                    // It never comes back: its items need not wait for the report of its exit.
+                    if !self.free_items(slot, BATCH_PAGES) {
+                        break;
+                    }
+                    if self.leave(slot) {
+                        return Progress::PassDone;
+                    }
                 }
             }
-            Gathered::Exiting => {
-                // It never comes back: its items need not wait for the report of its exit.
-                if self.free_items(slot, BATCH_PAGES) {
-                    self.leave(slot)
-                } else {
-                    Progress::Pages(0)
-                }
+            if left == 0 || pause() {
+                break;
             }
         }
+        Progress::Pages(budget.min(BATCH_PAGES).saturating_sub(left))
     }
 
     /// The address space under the cursor, or the next one; starts a pass if none is going on. `None` at the
@@ -213,15 +224,16 @@ impl Engine {
         self.stats.full_scans.up();
     }
 
-    /// Leaves an address space that has been scanned to its end.
-    fn leave(&mut self, slot: SlotId) -> Progress {
+    /// Leaves an address space that has been scanned to its end. Returns whether that completed the pass.
+    fn leave(&mut self, slot: SlotId) -> bool {
         let next = slot.saturating_add(1);
-        if self.slots.next_used(next).is_none() {
+        let last = self.slots.next_used(next).is_none();
+        if last {
             self.finish_pass();
-            return Progress::PassDone;
+        } else {
+            self.cursor = Cursor::at(next);
         }
-        self.cursor = Cursor::at(next);
-        Progress::Pages(0)
+        last
     }
 
     /// Fills the batch with what is seen from the cursor on.
@@ -262,7 +274,7 @@ impl Engine {
 
     /// Decides on the pages of the batch, in order; leaves an empty one unless it was paused. Returns how many
     /// were decided on.
-    fn decide(&mut self, slot: SlotId, policy: Policy, pause: impl Fn() -> bool) -> usize {
+    fn decide(&mut self, slot: SlotId, policy: Policy, pause: &impl Fn() -> bool) -> usize {
         let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
         let mut pages = 0usize;
         let mut paused = false;

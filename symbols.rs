@@ -63,6 +63,8 @@ pub(crate) struct Variables {
     pub(crate) ksm_pages_shared: usize,
     /// The files of `/sys/kernel/mm/ksm`.
     pub(crate) ksm_attr_group: usize,
+    /// Count of mappings of the zero page that were made for KSM.
+    pub(crate) ksm_zero_pages: usize,
     /// First byte of the kernel's type information.
     pub(crate) btf_start: usize,
     /// First byte behind it.
@@ -124,6 +126,7 @@ pub(crate) fn resolve(kallsyms: usize) -> Result<Variables> {
         ksm_thread_mutex: missing.lookup(c"ksm_thread_mutex")?,
         ksm_pages_shared: missing.lookup(c"ksm_pages_shared")?,
         ksm_attr_group: missing.lookup(c"ksm_attr_group")?,
+        ksm_zero_pages: missing.lookup(c"ksm_zero_pages")?,
         btf_start: missing.lookup(c"__start_BTF")?,
         btf_end: missing.lookup(c"__stop_BTF")?,
     };

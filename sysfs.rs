@@ -6,7 +6,10 @@
 use crate::{
     knobs,
     ksmd::Ksm,
-    mm::bindings,
+    mm::{
+        bindings,
+        zero, //
+    },
     stock::Stock, //
 };
 use core::ptr::NonNull;
@@ -109,6 +112,25 @@ file!(
     |ksm, text| ksm.set_max_page_sharing(knobs::max_page_sharing(text)?)
 );
 file!(
+    UseZeroPages,
+    c"use_zero_pages",
+    |ksm| ksm.knobs.use_zero_pages().into(),
+    |ksm, text| {
+        ksm.knobs.set_use_zero_pages(knobs::use_zero_pages(text)?);
+        Ok(())
+    }
+);
+file!(
+    PruneMillisecs,
+    c"stable_node_chains_prune_millisecs",
+    |ksm| ksm.knobs.prune_millisecs().into(),
+    |ksm, text| {
+        ksm.knobs.set_prune_millisecs(knobs::any_uint(text)?);
+        Ok(())
+    }
+);
+file!(KsmZeroPages, c"ksm_zero_pages", |_| zero::count() as u64);
+file!(
     PagesShared,
     c"pages_shared",
     |ksm| ksm.stats.pages_shared.get() as u64
@@ -185,6 +207,9 @@ files!(
     SleepMillisecs,
     MergeAcrossNodes,
     MaxPageSharing,
+    UseZeroPages,
+    PruneMillisecs,
+    KsmZeroPages,
     PagesShared,
     PagesSharing,
     PagesUnshared,

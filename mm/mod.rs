@@ -33,6 +33,7 @@ pub(crate) mod replace;
 pub(crate) mod space;
 pub(crate) mod unshare;
 pub(crate) mod walk;
+pub(crate) mod zero;
 
 /// Drains the per-CPU LRU caches of all CPUs, so that pages waiting there lose the extra reference that
 /// would keep them from being merged. Sleeps.

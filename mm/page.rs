@@ -13,6 +13,11 @@ use kernel::{
 /// 64-bit words in a page.
 const WORDS: usize = PAGE_SIZE / size_of::<u64>();
 
+/// Hash of a page that is all zero.
+pub(crate) fn hash_of_empty(key: &hash::Key) -> u64 {
+    hash::hash_zeroes::<WORDS>(key)
+}
+
 /// Why a page could not be merged now. The page is left as it was in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotMerged {
@@ -127,6 +132,12 @@ impl PageRef {
         // which `memcmp()`, a C function outside Rust's memory model, tolerates as it does everywhere else
         // in the kernel.
         unsafe { bindings::memcmp(a.address, b.address, PAGE_SIZE) == 0 }
+    }
+
+    /// Whether all bytes are zero, right now.
+    pub(crate) fn is_empty(&self) -> bool {
+        let map = Mapped::new(self);
+        (0..WORDS).all(|word| map.load(word) == 0)
     }
 
     /// Locks the folio if nobody else holds its lock.

@@ -20,13 +20,13 @@ use super::{
 /// # Invariants
 ///
 /// `invalidate_range_start` was called for `range`, which covers one page.
-struct Notified {
+pub(super) struct Notified {
     range: bindings::mmu_notifier_range,
 }
 
 impl Notified {
     /// Announces the change. Sleeps.
-    fn start(vma: &Vma<'_>, address: usize) -> Self {
+    pub(super) fn start(vma: &Vma<'_>, address: usize) -> Self {
         let mut range = bindings::mmu_notifier_range::default();
         // SAFETY: The mm is valid and in use, as its mmap lock is held; sleeping is allowed here.
         unsafe { bindings::ksm_rs_notifier_range_start(&mut range, vma.mm(), address) };
@@ -47,7 +47,7 @@ impl Drop for Notified {
 /// # Invariants
 ///
 /// `ptep` is mapped, belongs to `address` of the VMA, and `lock`, which is held, protects it.
-struct LockedPte<'a> {
+pub(super) struct LockedPte<'a> {
     vma: &'a Vma<'a>,
     address: usize,
     ptep: *mut bindings::pte_t,
@@ -56,7 +56,7 @@ struct LockedPte<'a> {
 
 impl<'a> LockedPte<'a> {
     /// Locks the entry of `address`. `None`: there is no page table, or a huge page in its place.
-    fn lock(vma: &'a Vma<'a>, address: usize) -> Option<Self> {
+    pub(super) fn lock(vma: &'a Vma<'a>, address: usize) -> Option<Self> {
         let mut lock = core::ptr::null_mut();
         // SAFETY: The mmap lock is held, which keeps the upper levels of the page table in place.
         // `pte_offset_map_lock()` copes with the entry turning into a huge page or vanishing.
@@ -100,6 +100,51 @@ impl<'a> LockedPte<'a> {
         unsafe { bindings::ksm_rs_ptep_clear_flush(self.vma.as_ptr(), self.address, self.ptep) }
     }
 
+    /// Whether the entry is still the same.
+    fn holds(&self, pte: bindings::pte_t) -> bool {
+        // SAFETY: Plain values.
+        unsafe { bindings::ksm_rs_pte_same(self.get(), pte) }
+    }
+
+    /// Puts `new` in the place of `old`, which maps `page`, and takes the mapping off that page's accounts.
+    /// `Gone`: the entry is not `old` any more, and nothing was done.
+    ///
+    /// # Safety
+    ///
+    /// What `new` maps must be accounted for this mapping. `old` must be an entry for `page` of the VMA as
+    /// [`Vma::write_protect`] left it, and `page` equal to what `new` maps.
+    pub(super) unsafe fn exchange(
+        &self,
+        old: bindings::pte_t,
+        mut new: bindings::pte_t,
+        page: &PageLock<'_>,
+    ) -> Result<(), NotMerged> {
+        if !self.holds(old) {
+            return Err(NotMerged::Gone);
+        }
+        let (raw, folio) = (page.page().as_ptr(), page.page().folio());
+        // SAFETY: The entry is locked and still maps the write-protected page. That one loses the reference and the
+        // mapcount of its mapping after the entry is flushed; our own reference keeps its folio.
+        unsafe {
+            // These belong to the mapping, not to the page that it shows.
+            if bindings::ksm_rs_pte_uffd(old) {
+                new = bindings::ksm_rs_pte_mkuffd(new);
+            }
+            if bindings::ksm_rs_pte_soft_dirty(old) {
+                new = bindings::ksm_rs_pte_mksoft_dirty(new);
+            }
+            bindings::ksm_rs_flush_cache_page(self.vma.as_ptr(), self.address, page.page().pfn());
+            self.clear_and_flush();
+            self.set(new);
+            bindings::ksm_rs_folio_remove_rmap_ptes(folio, raw, 1, self.vma.as_ptr());
+            if !bindings::ksm_rs_folio_mapped(folio) {
+                bindings::ksm_rs_folio_free_swap(folio);
+            }
+            bindings::ksm_rs_folio_put(folio);
+        }
+        Ok(())
+    }
+
     /// Fills the empty entry.
     ///
     /// # Safety
@@ -124,7 +169,7 @@ impl Vma<'_> {
     ///
     /// The folio is small and locked; the caller's is the only reference beside those of page tables and
     /// swap cache.
-    fn write_protect(
+    pub(super) fn write_protect(
         &self,
         address: usize,
         page: &PageLock<'_>,
@@ -177,7 +222,7 @@ impl Vma<'_> {
     }
 
     /// Checks what both kinds of merge want of a page, and that it is not a KSM page already.
-    fn check(page: &PageLock<'_>) -> Result<(), NotMerged> {
+    pub(super) fn check(page: &PageLock<'_>) -> Result<(), NotMerged> {
         let folio = page.page().folio();
         // SAFETY: The folio is referenced.
         let anon = unsafe { bindings::ksm_rs_folio_test_anon(folio) };
@@ -233,18 +278,15 @@ impl Vma<'_> {
             return Err(NotMerged::Different);
         }
 
-        let (raw, folio) = (page.page().as_ptr(), page.page().folio());
         let entry = LockedPte::lock(self, address).ok_or(NotMerged::Gone)?;
-        let pte = entry.get();
-        // SAFETY: Plain values.
-        if !unsafe { bindings::ksm_rs_pte_same(pte, protected) } {
-            // Written to, or unmapped, while it was compared.
-            return Err(NotMerged::Gone);
-        }
-        // SAFETY: The entry is locked and still maps the write-protected page that was compared. The KSM page
-        // gets the reference and the mapcount of its new mapping before the entry is set; the old page loses
-        // its own after the entry is flushed. Our reference keeps its folio.
+        // SAFETY: The entry is locked. The KSM page gets the reference and the mapcount of its new mapping before
+        // it is mapped, which cannot fail any more.
         unsafe {
+            if !entry.holds(protected) {
+                // Written to, or unmapped, while it was compared.
+                return Err(NotMerged::Gone);
+            }
+            let new = bindings::ksm_rs_mk_pte(kpage.as_ptr(), self.as_ptr());
             let kfolio = kpage.folio();
             bindings::ksm_rs_folio_get(kfolio);
             bindings::ksm_rs_folio_add_anon_rmap_ptes(
@@ -255,23 +297,7 @@ impl Vma<'_> {
                 address,
                 0,
             );
-            let mut new = bindings::ksm_rs_mk_pte(kpage.as_ptr(), self.as_ptr());
-            // These belong to the mapping, not to the page that it shows.
-            if bindings::ksm_rs_pte_uffd(pte) {
-                new = bindings::ksm_rs_pte_mkuffd(new);
-            }
-            if bindings::ksm_rs_pte_soft_dirty(pte) {
-                new = bindings::ksm_rs_pte_mksoft_dirty(new);
-            }
-            bindings::ksm_rs_flush_cache_page(self.as_ptr(), address, page.page().pfn());
-            entry.clear_and_flush();
-            entry.set(new);
-            bindings::ksm_rs_folio_remove_rmap_ptes(folio, raw, 1, self.as_ptr());
-            if !bindings::ksm_rs_folio_mapped(folio) {
-                bindings::ksm_rs_folio_free_swap(folio);
-            }
-            bindings::ksm_rs_folio_put(folio);
+            entry.exchange(protected, new, page)
         }
-        Ok(())
     }
 }

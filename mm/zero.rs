@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Empty pages: mapping the kernel's zero page in their place.
+//!
+//! Such a mapping is no KSM page: it has no stable node. The core tells it by the dirty bit of its entry,
+//! and counts it down when it goes away; we count it up.
+
+use super::{
+    bindings,
+    page::{
+        NotMerged,
+        PageLock, //
+    },
+    replace::{
+        LockedPte,
+        Notified, //
+    },
+    space::Vma, //
+};
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
+
+/// Address of the core's count of all mappings of the zero page made for KSM.
+static ALL: Atomic<usize> = Atomic::new(0);
+
+/// Sets where the core counts the mappings of the zero page made for KSM.
+///
+/// # Safety
+///
+/// `address` must be that of the core's `ksm_zero_pages`.
+pub(crate) unsafe fn bind(address: usize) {
+    ALL.store(address, Relaxed);
+}
+
+/// How many mappings of the zero page there are that were made for KSM.
+pub(crate) fn count() -> isize {
+    let all = ALL.load(Relaxed) as *const bindings::atomic_long_t;
+    if all.is_null() {
+        return 0;
+    }
+    // SAFETY: The address is that of the core's variable, as `bind()` was promised.
+    unsafe { bindings::ksm_rs_atomic_long_read(all) }
+}
+
+impl Vma<'_> {
+    /// Maps the zero page at `address` in the place of `page`, if that is empty.
+    ///
+    /// The caller's reference on `page` must be the only one beside those of page tables and swap cache;
+    /// otherwise the answer is `Busy`. Sleeps.
+    pub(crate) fn replace_by_zero_page(
+        &self,
+        address: usize,
+        page: &PageLock<'_>,
+    ) -> Result<(), NotMerged> {
+        Self::check(page)?;
+        let all = ALL.load(Relaxed) as *mut bindings::atomic_long_t;
+        if all.is_null() {
+            return Err(NotMerged::Busy);
+        }
+        let _notified = Notified::start(self, address);
+        let protected = self.write_protect(address, page)?;
+        if !page.page().is_empty() {
+            return Err(NotMerged::Different);
+        }
+        let entry = LockedPte::lock(self, address).ok_or(NotMerged::Gone)?;
+        // SAFETY: Plain values; the entry is locked, and its new value maps the zero page, which is neither
+        // referenced nor counted as a mapping, but in the counters that are told.
+        unsafe {
+            let new = bindings::ksm_rs_mk_ksm_zero_pte(self.as_ptr(), address);
+            entry.exchange(protected, new, page)?;
+            bindings::ksm_rs_count_zero_page(self.mm(), all);
+        }
+        Ok(())
+    }
+}
