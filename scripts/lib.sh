@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # what is set here is used by those who source it
 # Shared by the scripts beside it: where things are cached, how to speak, how to find the tools.
 # Sourced, never run.
 

@@ -60,7 +60,7 @@ fn poison(mut victim: Child, page: ksm_e2e::Region) -> Result<Cure> {
 }
 
 fn a_bad_page_hits_those_who_map_it_and_nobody_else(ksm: &Ksm) -> Result<()> {
-    let mut spawn = |policy| -> Result<Child> {
+    let spawn = |policy| -> Result<Child> {
         let mut child = Child::spawn()?;
         child.catch_bus_errors()?;
         child.set_memory_error_policy(policy)?;

@@ -29,11 +29,12 @@ const PAGES: usize = 16;
 fn map_on(child: &mut Child, node: u32) -> Result<Region> {
     let region = child.map(Mapping::pages(PAGES).on_node(node))?;
     child.fill(region, CONTENT)?;
-    child.advise(region, libc::MADV_MERGEABLE)?;
+    // Before it is advised: from then on it may merge with what is elsewhere.
     ensure!(
         all_on(child, region, node)?,
         "memory was not taken from node {node}"
     );
+    child.advise(region, libc::MADV_MERGEABLE)?;
     Ok(region)
 }
 

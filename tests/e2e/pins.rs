@@ -39,7 +39,7 @@ ksm_e2e::tests![
 const OLD: Content = Content::Distinct(1);
 const NEW: Content = Content::Distinct(5000);
 
-/// Memory of the test's own process.
+/// Memory of the test's own process. Helpers must be spawned before, or they inherit it.
 struct Own(Region);
 
 impl Own {
@@ -88,8 +88,8 @@ fn expect_no_merge(ksm: &Ksm) -> Result<()> {
 }
 
 fn pages_in_a_pipe_are_not_merged_until_they_are_read(ksm: &Ksm) -> Result<()> {
-    let own = Own::mergeable(8, OLD)?;
     let mut other = Child::spawn()?;
+    let own = Own::mergeable(8, OLD)?;
     let there = other.map_mergeable(8, OLD)?;
     let (reader, writer) = pipe()?;
     let iovec = own.iovec();
@@ -188,8 +188,8 @@ fn read_fixed(ring: &mut IoUring, region: Region, content: Content) -> Result<()
 }
 
 fn pages_registered_with_io_uring_are_not_merged(ksm: &Ksm) -> Result<()> {
-    let own = Own::mergeable(8, OLD)?;
     let mut other = Child::spawn()?;
+    let own = Own::mergeable(8, OLD)?;
     let there = other.map_mergeable(8, OLD)?;
     let mut ring = IoUring::new(4).context("this test needs io_uring")?;
     // SAFETY: The region stays mapped for longer than the ring lives.
@@ -212,8 +212,8 @@ fn pages_registered_with_io_uring_are_not_merged(ksm: &Ksm) -> Result<()> {
 }
 
 fn registering_merged_pages_makes_them_private(ksm: &Ksm) -> Result<()> {
-    let own = Own::mergeable(8, OLD)?;
     let mut other = Child::spawn()?;
+    let own = Own::mergeable(8, OLD)?;
     let there = other.map_mergeable(8, OLD)?;
     ksm.merge_until(Counters::merged(8, 8))?;
     let mut ring = IoUring::new(4).context("this test needs io_uring")?;
@@ -281,8 +281,8 @@ impl Drop for Pinned {
 }
 
 fn a_long_term_pin_of_merged_pages_sees_what_the_process_writes(ksm: &Ksm) -> Result<()> {
-    let own = Own::mergeable(8, OLD)?;
     let mut other = Child::spawn()?;
+    let own = Own::mergeable(8, OLD)?;
     let there = other.map_mergeable(8, OLD)?;
     ksm.merge_until(Counters::merged(8, 8))?;
     let pinned = Pinned::for_reading(own.0)?;
@@ -301,8 +301,8 @@ fn a_long_term_pin_of_merged_pages_sees_what_the_process_writes(ksm: &Ksm) -> Re
 }
 
 fn pages_pinned_for_reading_are_not_merged(ksm: &Ksm) -> Result<()> {
-    let own = Own::mergeable(8, OLD)?;
     let mut other = Child::spawn()?;
+    let own = Own::mergeable(8, OLD)?;
     let there = other.map_mergeable(8, OLD)?;
     let pinned = Pinned::for_reading(own.0)?;
     expect_no_merge(ksm)?;

@@ -153,7 +153,7 @@ fn run_2_leaves_nothing_of_swapped_out_pages(ksm: &Ksm) -> Result<()> {
 }
 
 fn turning_swap_off_brings_merged_pages_back(ksm: &Ksm) -> Result<()> {
-    let mut scene = Scene::merged(ksm)?;
+    let scene = Scene::merged(ksm)?;
     scene.swap_out()?;
     ensure!(scene.swap.used_kb()? > 0, "nothing is in swap");
     ksm.start()?;

@@ -520,8 +520,13 @@ pub fn serve_if_asked() {
 /// The helper's life.
 fn serve(socket: UnixStream) -> ! {
     // Helpers' own children are reaped by the kernel.
-    // SAFETY: Ignoring a signal installs no handler.
-    let _ = unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+    // The handler that Rust's runtime has for SIGBUS expects that the access which failed is tried again, and does
+    // not die of signals that come without one.
+    // SAFETY: No handlers are installed.
+    unsafe {
+        let _ = nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn);
+        let _ = nix::sys::signal::signal(Signal::SIGBUS, SigHandler::SigDfl);
+    }
     let mut control = BufReader::new(socket);
     loop {
         let mut line = String::new();

@@ -100,15 +100,24 @@ pub fn module_test(name: &'static str, body: Body) -> Trial {
 
 fn run(body: impl Fn(&Ksm) -> Result<()>) -> Result<(), Failed> {
     let ksm = Ksm::from_env();
+    let start = Instant::now();
     let outcome = watched(&ksm, &body);
     // The test may have died half-way: what follows is its own fault, and must not become its successors'.
     let cleanup =
         isolated(CLEANUP_LIMIT, || clean_up(&ksm)).context("the test left the system in disorder");
-    match (outcome, cleanup) {
+    let outcome = match (outcome, cleanup) {
         (Ok(()), Ok(())) => Ok(()),
-        (Err(error), Ok(())) | (Ok(()), Err(error)) => Err(format!("{error:#}").into()),
-        (Err(error), Err(also)) => Err(format!("{error:#}\nand {also:#}").into()),
+        (Err(error), Ok(())) | (Ok(()), Err(error)) => Err(format!("{error:#}")),
+        (Err(error), Err(also)) => Err(format!("{error:#}\nand {also:#}")),
+    };
+    // The harness tells what went wrong at the very end only, which a machine that hangs does not reach.
+    if let Err(error) = &outcome {
+        eprint!("{error}\n... ");
     }
+    if std::env::var_os("KSM_E2E_TIMES").is_some() {
+        eprint!("{:.1} s ", start.elapsed().as_secs_f64());
+    }
+    outcome.map_err(Failed::from)
 }
 
 fn watched(ksm: &Ksm, body: &impl Fn(&Ksm) -> Result<()>) -> Result<()> {

@@ -51,6 +51,9 @@ const VERSION: (u32, u32) = (7, 31);
 /// `FOPEN_DIRECT_IO`: reads bypass the page cache.
 const DIRECT_IO: u32 = 1;
 
+/// How much could be written at a time; requests are read into a buffer that is larger.
+const MAX_WRITE: u32 = 4096;
+
 /// The size that the file claims to have.
 const SIZE: u64 = 16 << 20;
 
@@ -200,7 +203,7 @@ fn serve(mut device: File, mut control: UnixStream) -> Result<()> {
                     .u32(0)
                     .u32(0)
                     .u32(0)
-                    .u32(1 << 16)
+                    .u32(MAX_WRITE)
                     .u32(1);
                 reply(&mut device, unique, Ok(&init.zeroes(36).0))?;
             }
