@@ -19,6 +19,7 @@ use crate::{
         Rmap,
         State, //
     },
+    knobs::MAX_PAGE_SHARING,
     mm::{
         self,
         node::RmapItem, //
@@ -42,8 +43,6 @@ use kernel::{
 /// Knobs that the engine goes by, as they were when a batch began.
 #[derive(Clone, Copy)]
 pub(crate) struct Policy {
-    /// Most mappings of one KSM page, but for those that a fork makes.
-    pub(crate) max_page_sharing: u32,
     /// Whether empty pages are replaced by the zero page.
     pub(crate) use_zero_pages: bool,
 }
@@ -65,6 +64,10 @@ pub(crate) struct Engine {
     pub(crate) orphans: KVVec<Id>,
     /// An orphan could not be noted for want of memory: all nodes must be looked at.
     pub(crate) orphan_missed: bool,
+    /// Most mappings of one KSM page, but for those that a fork makes. Changes only while there is none.
+    pub(crate) max_page_sharing: u32,
+    /// Which round of unmerging is going on; see [`MmSlot::unmerged`](crate::slots::MmSlot::unmerged).
+    pub(crate) round: u32,
     /// Whether pages of different NUMA nodes may be merged.
     pub(crate) merge_across_nodes: bool,
 }
@@ -86,6 +89,8 @@ impl Engine {
             batch: Batch::new()?,
             orphans: KVVec::new(),
             orphan_missed: false,
+            max_page_sharing: MAX_PAGE_SHARING,
+            round: 0,
             merge_across_nodes: true,
         })
     }
@@ -129,10 +134,12 @@ impl Engine {
         } else {
             self.stats.pages_sharing.down();
         }
+        let full = node.sharers() >= self.max_page_sharing;
         let unused = empty && node.release(&lock);
         drop(lock);
         drop(page);
         self.forget_rmap(rmap);
+        self.stable.set_full(node_id, full);
         if unused {
             drop(self.stable.remove(node_id));
         } else if empty && self.orphans.push(node_id, GFP_KERNEL).is_err() {
@@ -208,6 +215,7 @@ impl Engine {
         } else {
             self.stats.pages_sharing.up();
         }
+        let full = node.sharers() >= self.max_page_sharing;
         record.item = Some(rmap.item);
         record.node = Some(node_id);
         if let Some(item) = self.items.get_mut(id) {
@@ -217,6 +225,7 @@ impl Engine {
                 slot.space.count_merging_pages(1);
             }
         }
+        self.stable.set_full(node_id, full);
         Ok(())
     }
 

@@ -58,6 +58,7 @@ void __put_anon_vma(struct anon_vma *anon_vma);
 	VOID_CALL(folio_remove_rmap_ptes, \
 		  (struct folio *folio, struct page *page, int nr_pages, struct vm_area_struct *vma), \
 		  (folio, page, nr_pages, vma)) \
+	CALL(int, memcmp_pages, (struct page *page1, struct page *page2), (page1, page2)) \
 	CALL(bool, folio_free_swap, (struct folio *folio), (folio)) \
 	VOID_CALL(__put_anon_vma, (struct anon_vma *anon_vma), (anon_vma)) \
 	VOID_CALL(lru_add_drain_all, (void), ()) \

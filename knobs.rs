@@ -14,6 +14,9 @@ use kernel::{
     }, //
 };
 
+/// Default of `max_page_sharing`.
+pub(crate) const MAX_PAGE_SHARING: u32 = 256;
+
 /// What the thread does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Run {
@@ -87,7 +90,7 @@ impl Knobs {
             run: Atomic::new(Run::Stop as u32),
             pages_to_scan: Atomic::new(100),
             sleep_millisecs: Atomic::new(20),
-            max_page_sharing: Atomic::new(256),
+            max_page_sharing: Atomic::new(MAX_PAGE_SHARING),
             use_zero_pages: AtomicFlag::new(false),
             prune_millisecs: Atomic::new(2000),
         }

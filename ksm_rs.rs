@@ -109,19 +109,15 @@ module! {
 }
 
 /// The module, loaded.
+///
+/// What is there goes down in the mirror image of how it came up; see [`Drop`].
 struct KsmRs {
-    /// `None` once [`Drop`] has begun.
-    up: Option<Up>,
-}
-
-/// What is up, in the order in which it goes down.
-struct Up {
     symlink: Option<Symlink>,
-    directory: Directory,
-    thread: Thread<Ksm>,
+    directory: Option<Directory>,
+    thread: Option<Thread<Ksm>>,
     ksm: Arc<Ksm>,
-    probes: Probes<Registry>,
-    notifier: Notifier<Ksm>,
+    _probes: Probes<Registry>,
+    _notifier: Notifier<Ksm>,
 }
 
 impl kernel::Module for KsmRs {
@@ -143,42 +139,40 @@ impl kernel::Module for KsmRs {
         let notifier = Notifier::register(ksm.clone())?;
         let probes = Probes::register(registry.clone())?;
         tracepoints::visit_existing(&*registry);
-        let thread = Thread::start(ksm.clone())?;
-        let directory = Directory::create(&ksm.stock, ksm.clone())?;
-        let symlink = if module_parameters::drop_in.value() {
-            Some(Symlink::to(&directory, &ksm.stock)?)
-        } else {
-            None
+        // A process that was just being made is in no list of tasks yet.
+        registry.look_again();
+
+        // From here on pages may be merged: every failure goes through `Drop`.
+        let mut module = Self {
+            symlink: None,
+            directory: None,
+            thread: None,
+            ksm: ksm.clone(),
+            _probes: probes,
+            _notifier: notifier,
         };
         ksm.set_run(run)?;
+        module.thread = Some(Thread::start(ksm.clone())?);
+        let directory = Directory::create(&ksm.stock, ksm.clone())?;
+        if module_parameters::drop_in.value() {
+            module.symlink = Some(Symlink::to(&directory, &ksm.stock)?);
+        }
+        module.directory = Some(directory);
         pr_info!("loaded; /sys/kernel/mm/ksm_rs/run is {}\n", run as u32);
-        Ok(Self {
-            up: Some(Up {
-                symlink,
-                directory,
-                thread,
-                ksm,
-                probes,
-                notifier,
-            }),
-        })
+        Ok(module)
     }
 }
 
 impl Drop for KsmRs {
     fn drop(&mut self) {
-        let Some(up) = self.up.take() else { return };
+        self.symlink = None;
+        self.directory = None;
         // Nobody can ask for anything any more, and nothing new is merged; but forks of what is merged are still
         // seen, until nothing is.
-        drop(up.symlink);
-        drop(up.directory);
-        drop(up.thread);
-        up.ksm.dismantle();
-        drop(up.probes);
-        drop(up.notifier);
-        // With the last reference the stock KSM is given back.
-        drop(up.ksm);
+        self.thread = None;
+        self.ksm.dismantle();
         pr_info!("unloaded\n");
+        // The fields go in order: the probes, the notifier, and with the last reference the stock KSM is given back.
     }
 }
 

@@ -22,6 +22,7 @@ use crate::{
         Work, //
     },
     mm::{
+        self,
         hotplug::{
             Bystander,
             OfflineRange, //
@@ -32,8 +33,7 @@ use crate::{
     scan::Progress,
     stats::Stats,
     stock::Stock,
-    tracepoints,
-    unmerge::Unmerging, //
+    tracepoints, //
 };
 use kernel::{
     new_condvar,
@@ -55,8 +55,11 @@ use kernel::{
     }, //
 };
 
+/// How long the thread waits, having failed to adopt an address space.
+const RETRY_MILLISECS: u32 = 100;
+
 /// How often unload tries again to undo all merges, and how long it waits in between.
-const UNLOAD_TRIES: usize = 300;
+const UNLOAD_TRIES: usize = 100;
 const UNLOAD_PAUSE: Delta = Delta::from_millis(100);
 
 /// What is under the engine's mutex.
@@ -72,7 +75,6 @@ pub(crate) struct Ksm {
     pub(crate) knobs: Knobs,
     pub(crate) stats: Arc<Stats>,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) stock: Stock,
     #[pin]
     control: Mutex<()>,
     #[pin]
@@ -80,6 +82,8 @@ pub(crate) struct Ksm {
     /// Signalled when `offlining` ends.
     #[pin]
     online: CondVar,
+    /// The last to go: stock must not run as long as there are nodes of ours.
+    pub(crate) stock: Stock,
 }
 
 type StateGuard<'a> = Guard<'a, State, MutexBackend>;
@@ -94,10 +98,10 @@ impl Ksm {
                 knobs: Knobs::new(),
                 stats,
                 registry,
-                stock,
                 control <- new_mutex!((), "ksm_rs::control"),
                 state <- new_mutex!(State { engine, offlining: false }, "ksm_rs::engine"),
                 online <- new_condvar!("ksm_rs::online"),
+                stock,
             }),
             GFP_KERNEL,
         )
@@ -114,7 +118,6 @@ impl Ksm {
 
     fn policy(&self) -> Policy {
         Policy {
-            max_page_sharing: self.knobs.max_page_sharing(),
             use_zero_pages: self.knobs.use_zero_pages(),
         }
     }
@@ -168,6 +171,7 @@ impl Ksm {
         let _control = self.control.lock();
         let mut guard = self.engine();
         self.no_stable_nodes(&mut guard.engine)?;
+        guard.engine.max_page_sharing = limit;
         self.knobs.set_max_page_sharing(limit);
         Ok(())
     }
@@ -180,51 +184,58 @@ impl Ksm {
     }
 
     /// Gives every merged page of every address space a page of its own. Sleeps.
-    fn unmerge_all(&self, interruptible: bool) -> Result {
+    ///
+    /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
+    /// to go on with the others and return the error at the end.
+    fn unmerge_all(&self, give_up: bool) -> Result {
         let _origin = OomOrigin::mark();
-        let mut at = Unmerging::start();
+        let mut result = Ok(());
+        let mut at = self.engine().engine.start_unmerging();
         loop {
-            // A child of a process that is still merged is merged too; it has a number behind all others, or a lower
-            // one that was free: so go round until nobody new is there.
-            let newcomers = self.take_in(&mut self.engine());
-            if newcomers {
-                at = Unmerging::start();
+            let mut guard = self.engine();
+            if let Err(error) = self.take_in(&mut guard) {
+                // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
+                result = Err(error);
             }
-            if interruptible && kernel::current!().signal_pending() {
-                return Err(ERESTARTSYS);
+            match guard.engine.unmerge_some(&mut at) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    result = Err(error);
+                    guard.engine.skip(&mut at);
+                }
             }
-            match self.engine().engine.unmerge_some(at)? {
-                Some(next) => at = next,
-                None if self.registry.has_fresh() => {}
-                None => break,
+            drop(guard);
+            if give_up {
+                result?;
+                if kernel::current!().signal_pending() {
+                    return Err(ERESTARTSYS);
+                }
             }
-            crate::mm::breathe();
+            mm::breathe();
         }
         let mut guard = self.engine();
         guard.engine.drop_stable_nodes();
         guard.engine.start_over();
-        Ok(())
+        result
     }
 
-    /// Adopts fresh address spaces; returns whether there were any. Sleeps.
-    fn take_in(&self, state: &mut State) -> bool {
+    /// Adopts fresh address spaces. Sleeps. On failure the rest stays fresh.
+    fn take_in(&self, state: &mut State) -> Result {
         if self.registry.take_missed() {
             tracepoints::visit_existing(&*self.registry);
         }
         let slots = &mut state.engine.slots;
-        let mut any = false;
         while self.registry.has_fresh() {
-            let Ok(slot) = slots.reserve() else {
-                self.stats.alloc_failures.up();
-                break;
-            };
+            let slot = slots
+                .reserve()
+                .inspect_err(|_| self.stats.alloc_failures.up())?;
             let Some(space) = self.registry.adopt(slot) else {
                 break;
             };
             slots.insert(slot, space);
-            any = true;
         }
-        any
+        Ok(())
     }
 
     /// Frees some of what is known of dead address spaces. Sleeps.
@@ -253,7 +264,7 @@ impl Ksm {
             if self.registry.has_dead() {
                 self.bury_some();
             }
-            crate::mm::breathe();
+            mm::breathe();
         }
     }
 
@@ -285,25 +296,32 @@ impl Ksm {
         }
     }
 
-    /// Undoes everything, for unload: no page is merged any more and nobody needs our nodes. Sleeps.
+    /// Undoes everything, for unload: no structure of ours is read by anybody afterwards. Sleeps.
     ///
-    /// What cannot be undone, for want of memory or as a process hangs in its exit, is left as it is: its nodes
-    /// stay allocated for the core to use.
+    /// What cannot be undone, for want of memory or as a process hangs in its exit, is tried again for a while; what
+    /// is left then stays merged, as KSM pages that belong to no node.
     pub(crate) fn dismantle(&self) {
         let _control = self.control.lock();
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
-        for _ in 0..UNLOAD_TRIES {
+        for left in (0..UNLOAD_TRIES).rev() {
             let undone = self.unmerge_all(false);
             while self.registry.has_dead() {
                 self.bury_some();
             }
-            let left = self.engine().engine.drop_stable_nodes();
-            if undone.is_ok() && !left {
+            if !self.engine().engine.drop_stable_nodes() && undone.is_ok() {
+                break;
+            }
+            if left == 0 {
+                pr_warn!(
+                    "{} pages could not be unmerged, as there is no memory or a process hangs in its exit; they stay shared until they are written to\n",
+                    self.stats.pages_sharing.get()
+                );
                 break;
             }
             fsleep(UNLOAD_PAUSE);
         }
+        self.engine().engine.disown_stable_nodes();
         self.registry.close();
     }
 }
@@ -314,8 +332,11 @@ impl Work for Ksm {
             while self.registry.has_dead() && !kthread::should_stop() {
                 self.bury_some();
             }
-            if self.knobs.run() == Run::Merge {
-                self.take_in(&mut self.engine());
+            if self.knobs.run() == Run::Merge && self.take_in(&mut self.engine()).is_err() {
+                // No place for an address space; memory may come back.
+                self.registry
+                    .bell()
+                    .wait(Some(msecs_to_jiffies(RETRY_MILLISECS) as usize));
             }
             if self.should_scan() {
                 self.scan_turn();
@@ -325,7 +346,7 @@ impl Work for Ksm {
             } else {
                 // Arrivals matter only to one who would scan them.
                 self.registry.set_waiting(self.knobs.run() == Run::Merge);
-                if !(self.knobs.run() == Run::Merge && self.registry.has_fresh()) {
+                if self.knobs.run() != Run::Merge || !self.registry.has_fresh() {
                     self.registry.bell().wait(None);
                 }
                 self.registry.set_waiting(false);

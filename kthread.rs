@@ -11,7 +11,7 @@ use kernel::{
     sync::{
         atomic::{
             Atomic,
-            Relaxed,
+            Full,
             Release, //
         },
         Arc, //
@@ -154,7 +154,8 @@ impl Bell {
         let left = unsafe {
             bindings::ksm_rs_wait_freezable(self.queue.get(), self.rung.as_ptr(), timeout)
         };
-        self.rung.store(0, Relaxed);
+        // A full barrier: what was written before a ring that is taken back here is seen by the caller.
+        self.rung.xchg(0, Full);
         usize::try_from(left).unwrap_or(0)
     }
 }

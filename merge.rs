@@ -20,6 +20,7 @@ use crate::{
         State, //
     },
     mm::{
+        self,
         node::{
             NodePage,
             StableNode, //
@@ -44,11 +45,15 @@ pub(crate) enum Seen {
         /// NUMA node.
         nid: usize,
     },
-    /// A mapping of our KSM page with this stable node.
-    Merged(Id),
+    /// A mapping of our KSM page with this stable node, and the NUMA node of its memory.
+    Merged(Id, usize),
     /// A KSM page that is not ours, or not yet.
     Foreign,
 }
+
+/// How many pages of the same hash one page is compared with, at the most: more is wasted on pages that change,
+/// or cannot be merged.
+const MOST_CANDIDATES: usize = 16;
 
 /// How a search in a tree ended.
 enum Found {
@@ -74,7 +79,7 @@ impl Engine {
                     .node(id)
                     .is_some_and(|node| node.stands_for(page)) =>
             {
-                Seen::Merged(id)
+                Seen::Merged(id, page.nid())
             }
             _ => Seen::Foreign,
         }
@@ -84,7 +89,7 @@ impl Engine {
     pub(crate) fn consider(&mut self, id: Id, seen: Seen, policy: Policy) {
         match seen {
             Seen::Page { hash, nid } => self.consider_page(id, hash, nid, policy),
-            Seen::Merged(node) => self.consider_merged(id, node),
+            Seen::Merged(node, nid) => self.consider_merged(id, node, nid),
             Seen::Foreign => {
                 self.detach(id);
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
@@ -111,7 +116,7 @@ impl Engine {
             }
         }
         let nid = self.forest_of(nid);
-        if let Found::Done = self.merge_with_stable(id, hash, nid, policy) {
+        if let Found::Done = self.merge_with_stable(id, hash, nid) {
             return;
         }
         if let Found::Done = self.merge_with_unstable(id, hash, nid) {
@@ -121,7 +126,11 @@ impl Engine {
     }
 
     /// A mapping of a merged page: known already, or made by a fork, which does not ask for any limit.
-    fn consider_merged(&mut self, id: Id, node_id: Id) {
+    fn consider_merged(&mut self, id: Id, node_id: Id, nid: usize) {
+        let home = self.forest_of(nid);
+        if self.stable.nid(node_id).is_some_and(|at| at != home) {
+            self.stable.rehome(node_id, home);
+        }
         if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
             if self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
                 return;
@@ -140,19 +149,18 @@ impl Engine {
         }
     }
 
-    fn merge_with_stable(
-        &mut self,
-        id: Id,
-        hash: ContentHash,
-        nid: usize,
-        policy: Policy,
-    ) -> Found {
+    fn merge_with_stable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
         let mut candidate = self.stable.first_equal(nid, hash);
         while let Some(node_id) = candidate {
             candidate = self.stable.next_equal(node_id);
+            mm::breathe();
             let Some(node) = self.stable.node_mut(node_id) else {
                 continue;
             };
+            if node.sharers() == 0 {
+                // About to lose its page.
+                continue;
+            }
             let page = match node.try_page() {
                 NodePage::Live(page) => page,
                 NodePage::Busy => return Found::Done,
@@ -161,11 +169,6 @@ impl Engine {
                     continue;
                 }
             };
-            // A node without a mapping is about to lose its page; one with too many has got its share.
-            let sharers = node.sharers();
-            if sharers == 0 || sharers >= policy.max_page_sharing {
-                continue;
-            }
             let home = self.forest_of(page.nid());
             if home != nid {
                 self.stable.rehome(node_id, home);
@@ -250,7 +253,9 @@ impl Engine {
 
     fn merge_with_unstable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
         let mut candidate = self.unstable.first_equal(&self.items, nid, hash);
-        while let Some(other) = candidate {
+        for _ in 0..MOST_CANDIDATES {
+            let Some(other) = candidate else { break };
+            mm::breathe();
             candidate = self.unstable.next_equal(&self.items, nid, other);
             match self.merge_pair(id, other, nid) {
                 Err(NotMerged::Different) => {}
@@ -341,23 +346,20 @@ impl Engine {
     /// Whether the pages of two items are worth a try, without touching either; splits those of huge pages.
     fn check_pair(&self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
         let page = self.fetch(id).ok_or(NotMerged::Gone)?;
+        if page.has_other_users() {
+            return Err(NotMerged::Busy);
+        }
         let other_page = self.fetch(other).ok_or(NotMerged::Different)?;
         if page.is(&other_page) || page.is_ksm() {
             // Shared by a fork, or merged in some other way.
             return Err(NotMerged::Gone);
         }
-        if other_page.is_ksm() || !page.same_contents(&other_page) {
+        // A page that cannot be merged must not keep those behind it from merging with each other.
+        if other_page.has_other_users() || other_page.is_ksm() || !page.same_contents(&other_page) {
             return Err(NotMerged::Different);
         }
         if self.forest_of(other_page.nid()) != nid {
             return Err(NotMerged::Gone);
-        }
-        // A page that cannot be merged must not keep those behind it from merging with each other.
-        if other_page.has_other_users() {
-            return Err(NotMerged::Different);
-        }
-        if page.has_other_users() {
-            return Err(NotMerged::Busy);
         }
         // Splitting wants no other reference than that of the one who asks for it, and both may be pages of one
         // huge page.

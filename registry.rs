@@ -137,6 +137,14 @@ impl Registry {
         self.missed.xchg(false, Relaxed)
     }
 
+    /// Has all tasks visited again: an address space may have been missed.
+    pub(crate) fn look_again(&self) {
+        self.missed.store(true, Relaxed);
+        if self.waiting.load(Relaxed) {
+            self.bell.ring();
+        }
+    }
+
     /// Lets nothing more in.
     pub(crate) fn close(&self) {
         self.inner.lock().closed = true;
@@ -148,7 +156,7 @@ impl Observer for Registry {
         let key = space.key();
         // Allocated before the lock is taken, and atomically: we are in somebody else's context.
         let Ok(node) = RBTreeNode::new(key, Entry { space, slot: None }, GFP_NOWAIT) else {
-            self.missed.store(true, Relaxed);
+            self.look_again();
             return;
         };
         let mut inner = self.inner.lock();

@@ -18,6 +18,8 @@ pub(crate) struct MmSlot {
     pub(crate) space: AddressSpace,
     /// Its item with the lowest address.
     pub(crate) first: Id,
+    /// The last round of unmerging that it has been through; 0 if none.
+    pub(crate) unmerged: u32,
 }
 
 /// The table of address spaces.
@@ -73,7 +75,11 @@ impl Slots {
         }
         if let Some(entry) = self.table.get_mut(slot as usize) {
             let first = Id::NIL;
-            *entry = Some(MmSlot { space, first });
+            *entry = Some(MmSlot {
+                space,
+                first,
+                unmerged: 0,
+            });
             self.vacant.pop();
         }
     }
@@ -94,6 +100,16 @@ impl Slots {
         // There is room for every number, by the invariant.
         let _ = self.vacant.push_within_capacity(slot);
         Some(gone)
+    }
+
+    /// The first address space at or behind `from`, or from the start again, that has not been through a round of
+    /// unmerging.
+    pub(crate) fn next_of_round(&self, from: SlotId, round: u32) -> Option<SlotId> {
+        let from = from.min(self.end());
+        let left = |slot: &SlotId| self.get(*slot).is_some_and(|slot| slot.unmerged != round);
+        (from..self.end())
+            .find(left)
+            .or_else(|| (0..from).find(left))
     }
 
     /// The first number in use at or behind `from`.

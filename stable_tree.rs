@@ -34,6 +34,10 @@ use kernel::{
     prelude::*, //
 };
 
+/// In a key: the node is full. Such nodes stand behind those of the same hash that are not, so that however
+/// many there are a search does not see them. Hashes leave the bit alone.
+const FULL: u64 = 1;
+
 /// A KSM page in the tree.
 #[derive(Default)]
 pub(crate) struct StableEntry {
@@ -126,6 +130,24 @@ impl StableTree {
         }
     }
 
+    /// Says whether a node has as many mappings as it may have. One that has is not found by its hash.
+    pub(crate) fn set_full(&mut self, id: Id, full: bool) {
+        let Some(entry) = self.entries.get(id) else {
+            return;
+        };
+        if (entry.key & FULL != 0) == full || !entry.links.is_linked() {
+            return;
+        }
+        let nid = entry.nid as usize;
+        self.uproot(id);
+        if let Some(entry) = self.entries.get_mut(id) {
+            entry.key ^= FULL;
+        }
+        if let Some(forest) = self.forests.get_mut(nid) {
+            forest.insert(&mut self.entries, id);
+        }
+    }
+
     /// Moves a node to the forest of another NUMA node, as its page has moved there.
     pub(crate) fn rehome(&mut self, id: Id, nid: usize) {
         self.uproot(id);
@@ -152,7 +174,7 @@ impl StableTree {
         Some(self.entries.get(id)?.nid as usize)
     }
 
-    /// The first node in the forest of `nid` whose page has this hash.
+    /// The first node in the forest of `nid` whose page has this hash, and which is not full.
     pub(crate) fn first_equal(&self, nid: usize, hash: ContentHash) -> Option<Id> {
         self.forests
             .get(nid)?

@@ -15,6 +15,7 @@ use kernel::{
     prelude::*,
     sync::atomic::{
         Atomic,
+        AtomicFlag,
         Relaxed, //
     }, //
 };
@@ -35,6 +36,8 @@ pub(crate) struct Stock {
     group: *const bindings::attribute_group,
     run: *mut usize,
     thread_mutex: *mut bindings::mutex,
+    /// Whether the bit for unmerging in `run` is ours.
+    unmerging: AtomicFlag,
 }
 
 // SAFETY: The pointers are to objects that the core shares between all tasks.
@@ -61,6 +64,7 @@ impl Stock {
                 group,
                 run: variables.ksm_run as *mut usize,
                 thread_mutex: variables.ksm_thread_mutex as *mut bindings::mutex,
+                unmerging: AtomicFlag::new(false),
             }
         };
         // A writer may have started it between the first look and the removal; `Drop` gives the group back.
@@ -95,6 +99,9 @@ impl Stock {
     ///
     /// Only the bit for unmerging is changed: memory hotplug uses another one of the same word.
     pub(crate) fn set_unmerging(&self, on: bool) {
+        if self.unmerging.xchg(on, Relaxed) == on {
+            return;
+        }
         // SAFETY: The mutex and the variable are the core's, whose rule it is that the one protects the other. Its
         // thread only looks at the bit for merging, which we never set.
         unsafe {

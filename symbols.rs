@@ -40,6 +40,7 @@ const FUNCTIONS: &[Function] = functions! {
     ptep_clear_flush => ksm_rs_bind_ptep_clear_flush,
     folio_add_anon_rmap_ptes => ksm_rs_bind_folio_add_anon_rmap_ptes,
     folio_remove_rmap_ptes => ksm_rs_bind_folio_remove_rmap_ptes,
+    memcmp_pages => ksm_rs_bind_memcmp_pages,
     folio_free_swap => ksm_rs_bind_folio_free_swap,
     __put_anon_vma => ksm_rs_bind___put_anon_vma,
     lru_add_drain_all => ksm_rs_bind_lru_add_drain_all,

@@ -13,8 +13,8 @@ use kernel::{
     sync::Arc, //
 };
 
-/// Who wants to know. The methods run in the context of any task, with preemption off and locks of the core
-/// held: they must not sleep.
+/// Who wants to know. The methods run in the context of any task, which may hold locks of the core, in a
+/// read-side section of RCU: they must not sleep.
 pub(crate) trait Observer: Send + Sync + 'static {
     /// `space` may have mergeable memory from now on.
     fn enter(&self, space: AddressSpace);

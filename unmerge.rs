@@ -20,22 +20,17 @@ use kernel::prelude::*;
 /// What is unmerged under one hold of the mmap lock.
 const STRETCH: usize = 16 * PAGE_TABLE_SPAN;
 
-/// How far the unmerging of an address space has come.
+/// How far a round of unmerging has come.
 #[derive(Clone, Copy)]
 pub(crate) struct Unmerging {
-    /// The address space.
-    pub(crate) slot: SlotId,
+    /// The address space; those of the round that are left are looked for from here on, and round.
+    slot: SlotId,
     address: usize,
     /// All pages are private again; items are being freed.
     unshared: bool,
 }
 
 impl Unmerging {
-    /// At the start of the first address space.
-    pub(crate) fn start() -> Self {
-        Self::of(0)
-    }
-
     fn of(slot: SlotId) -> Self {
         Self {
             slot,
@@ -46,27 +41,41 @@ impl Unmerging {
 }
 
 impl Engine {
-    /// Unmerges the next stretch of memory. `None`: all address spaces are done. Sleeps.
+    /// Begins a round of unmerging, of all address spaces that there are and of those that come meanwhile: a
+    /// child of a process that is still merged is merged too.
+    pub(crate) fn start_unmerging(&mut self) -> Unmerging {
+        self.round = self.round.wrapping_add(1).max(1);
+        Unmerging::of(0)
+    }
+
+    /// Unmerges the next stretch of memory. `false`: all address spaces are done. Sleeps.
     ///
-    /// `Err(ENOMEM)`: there was no memory for private pages; nothing is lost, the rest stays merged.
-    pub(crate) fn unmerge_some(&mut self, mut at: Unmerging) -> Result<Option<Unmerging>> {
-        let Some(slot) = self.slots.next_used(at.slot) else {
-            return Ok(None);
+    /// `Err(ENOMEM)`: there was no memory for private pages of one address space; nothing is lost, the rest of it
+    /// stays merged. The next call tries the same again, unless [`Engine::skip`] is called before.
+    pub(crate) fn unmerge_some(&mut self, at: &mut Unmerging) -> Result<bool> {
+        let Some(slot) = self.slots.next_of_round(at.slot, self.round) else {
+            return Ok(false);
         };
         if slot != at.slot {
-            at = Unmerging::of(slot);
+            *at = Unmerging::of(slot);
         }
         if !at.unshared {
             match self.unshare_stretch(slot, at.address)? {
                 Some(address) => at.address = address,
                 None => at.unshared = true,
             }
-            return Ok(Some(at));
+        } else if self.free_items(slot, BATCH_PAGES) {
+            self.skip(at);
         }
-        if self.free_items(slot, BATCH_PAGES) {
-            return Ok(Some(Unmerging::of(slot.saturating_add(1))));
+        Ok(true)
+    }
+
+    /// Goes on with the next address space, the current one being done or hopeless.
+    pub(crate) fn skip(&mut self, at: &mut Unmerging) {
+        if let Some(slot) = self.slots.get_mut(at.slot) {
+            slot.unmerged = self.round;
         }
-        Ok(Some(at))
+        *at = Unmerging::of(at.slot.saturating_add(1));
     }
 
     /// Makes pages from `address` on private again; returns the address to go on from.
@@ -105,6 +114,21 @@ impl Engine {
             left |= !self.drop_if_unused(id);
         }
         left
+    }
+
+    /// Parts with all nodes, mapped or not, for unload. Sleeps.
+    pub(crate) fn disown_stable_nodes(&mut self) {
+        let mut at = self.stable.first();
+        while let Some(id) = at {
+            at = self.stable.next(id);
+            if let Some(node) = self.stable.node_mut(id) {
+                if let Some(page) = node.page() {
+                    let lock = page.lock();
+                    node.disown(&lock);
+                }
+            }
+            self.retire(id);
+        }
     }
 
     /// Begins a new count of passes, with nothing in the unstable tree. All items must have been freed.

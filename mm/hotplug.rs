@@ -11,7 +11,7 @@ use kernel::{
     types::Opaque, //
 };
 
-/// After the swap cache's and slab's own callbacks it does not matter when ours runs.
+/// It does not matter when among the core's callbacks ours runs.
 const PRIORITY: ffi::c_int = 0;
 
 /// `NOTIFY_OK`.

@@ -37,6 +37,7 @@ use kernel::{
     sync::{
         atomic::{
             Atomic,
+            AtomicFlag,
             Relaxed, //
         },
         barrier::{
@@ -237,9 +238,9 @@ impl StableNode {
     fn find(&mut self) -> Option<PageRef> {
         loop {
             let pfn = self.kpfn();
-            // SAFETY: The frame belonged to our page, so it has a `struct page`; memory that goes offline is taken
-            // out of our nodes first (`hotplug.rs`). Taking a reference by `folio_try_get()` is safe on any
-            // frame.
+            // SAFETY: The frame belonged to our page, so it has a `struct page`: no node is looked at while memory
+            // goes offline, and those of frames that are gone are dropped before the next look (`hotplug.rs`).
+            // Taking a reference by `folio_try_get()` is safe on any frame.
             unsafe {
                 let folio = bindings::ksm_rs_pfn_folio(pfn);
                 if bindings::ksm_rs_folio_mapping(folio) as usize == self.mapping() {
@@ -295,6 +296,17 @@ impl StableNode {
         // INVARIANT: The one folio that pointed at the node does so no more.
         self.unused = true;
         true
+    }
+
+    /// Parts the node from its page though that is still mapped, for unload: the page stays a KSM page, which the
+    /// core copies on the next write and cannot move until then.
+    pub(crate) fn disown(&mut self, page: &PageLock<'_>) {
+        if self.stands_for(page.page()) {
+            // SAFETY: A KSM folio without a node is what the core knows from the moments before `adopt()`.
+            unsafe { page.set_mapping(MAPPING_KSM) };
+            // INVARIANT: The one folio that pointed at the node does so no more.
+            self.unused = true;
+        }
     }
 
     /// Gives up a page whose memory has gone offline, as its frame must not be looked at any more. `false`: the
@@ -382,10 +394,7 @@ impl Drop for StableNode {
             // SAFETY: The object came from a `KBox`; by the invariants neither a folio nor an item refers to it.
             drop(unsafe { KBox::from_raw(self.raw.as_ptr()) });
         } else {
-            pr_err!(
-                "a stable node still in use is leaked (pfn {:#x})\n",
-                self.kpfn()
-            );
+            report_leak();
         }
     }
 }
@@ -468,7 +477,7 @@ impl RmapItem {
 impl Drop for RmapItem {
     fn drop(&mut self) {
         if self.linked {
-            pr_err!("an rmap item still in use is leaked\n");
+            report_leak();
             return;
         }
         // SAFETY: The object came from a `KBox` and is in no list by the invariants, so nobody refers to it; a
@@ -480,5 +489,13 @@ impl Drop for RmapItem {
             }
             drop(KBox::from_raw(self.raw.as_ptr()));
         }
+    }
+}
+
+/// Says once that a structure had to be left to the core, which is a bug of ours but harms nobody.
+fn report_leak() {
+    static SAID: AtomicFlag = AtomicFlag::new(false);
+    if !SAID.xchg(true, Relaxed) {
+        pr_err!("structures that the kernel may still read are leaked; this is a bug in ksm_rs, please report it\n");
     }
 }

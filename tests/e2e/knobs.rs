@@ -50,13 +50,16 @@ ksm_e2e::tests![
 
 /// Tests that must find what nobody has touched.
 pub fn untouched_tests() -> Vec<Trial> {
-    vec![
-        runner::untouched_test(
-            "knobs::names_and_modes_are_right",
+    let tests: [(&str, runner::Body); 2] = [
+        (
+            "e2e::knobs::names_and_modes_are_right",
             names_and_modes_are_right,
         ),
-        runner::untouched_test("e2e::knobs::defaults_are_right", defaults_are_right),
-    ]
+        ("e2e::knobs::defaults_are_right", defaults_are_right),
+    ];
+    tests
+        .map(|(name, body)| runner::untouched_test(name, body))
+        .into()
 }
 
 fn names_and_modes_are_right(ksm: &Ksm) -> Result<()> {

@@ -8,6 +8,7 @@ mod fork;
 mod hugepages;
 mod hwpoison;
 mod knobs;
+mod lifecycle;
 mod merging;
 mod numa;
 mod pins;
@@ -42,7 +43,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
-        // tests.extend(lifecycle::tests());
+        tests.extend(lifecycle::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }

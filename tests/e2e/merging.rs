@@ -327,7 +327,7 @@ fn areas_with_holes_merge(ksm: &Ksm) -> Result<()> {
     for child in [&mut one, &mut other] {
         let region = child.map(Mapping::pages(1500))?;
         for index in (0..region.pages).step_by(4) {
-            child.write(region.page(index), &content.page(index).bytes())?;
+            child.fill(region.part(index, 1), content.from_page(index))?;
         }
         child.advise(region, libc::MADV_MERGEABLE)?;
         regions.push(region);

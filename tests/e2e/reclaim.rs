@@ -291,7 +291,7 @@ fn compaction_moves_merged_pages(ksm: &Ksm) -> Result<()> {
         let region = child.map(Mapping::pages(pages))?;
         child.fill(region, Content::Distinct(seed))?;
         for index in (0..pages).filter(|&index| keep(index)) {
-            child.write(region.page(index), &CONTENT.page(index).bytes())?;
+            child.fill(region.part(index, 1), CONTENT.from_page(index))?;
         }
         child.advise(region, libc::MADV_MERGEABLE)?;
         regions.push(region);

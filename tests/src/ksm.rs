@@ -1,9 +1,11 @@
 //! The sysfs directory of a producer of KSM pages.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -157,6 +159,18 @@ impl Ksm {
             "writing {value} to {file}: only {written} bytes were taken"
         );
         Ok(())
+    }
+
+    /// The names of all files, and for each its mode and what it contains.
+    pub fn snapshot(&self) -> Result<BTreeMap<String, (u32, String)>> {
+        let mut files = BTreeMap::new();
+        for entry in fs::read_dir(&self.dir).with_context(|| self.dir.display().to_string())? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let text = self.text(&name)?;
+            files.insert(name, (entry.metadata()?.mode(), text));
+        }
+        Ok(files)
     }
 
     /// Reads the counters.

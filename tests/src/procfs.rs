@@ -212,3 +212,22 @@ pub fn pid_of(name: &str) -> Result<Option<i32>> {
 pub fn context_switches(pid: i32) -> Result<u64> {
     Ok(status(pid, "voluntary_ctxt_switches")? + status(pid, "nonvoluntary_ctxt_switches")?)
 }
+
+/// How many objects of a slab cache are in use, after caches of free objects were emptied.
+pub fn slab_objects(cache: &str) -> Result<u64> {
+    let shrink = format!("/sys/kernel/slab/{cache}/shrink");
+    fs::write(&shrink, "1").context(shrink)?;
+    field(&fs::read_to_string("/proc/slabinfo")?, cache)
+}
+
+/// Names of the slab caches that plain allocations come from.
+pub fn kmalloc_caches() -> Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/slabinfo")?;
+    let names = text
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    Ok(names
+        .filter(|name| name.starts_with("kmalloc-"))
+        .map(str::to_owned)
+        .collect())
+}

@@ -29,6 +29,7 @@ use nix::unistd::setpgid;
 
 use crate::kmsg::Log;
 use crate::ksm::Ksm;
+use crate::ksm::STOCK;
 use crate::module;
 use crate::procfs;
 use crate::swap;
@@ -134,6 +135,10 @@ fn watched(ksm: &Ksm, body: &impl Fn(&Ksm) -> Result<()>) -> Result<()> {
 /// Leaves the system so that another test can begin: the module loaded, nothing merged, no swap.
 fn clean_up(ksm: &Ksm) -> Result<()> {
     if !ksm.is_stock() && !module::loaded()? {
+        // Nothing may be in stock's hands when the module takes over.
+        let stock = Ksm::at(STOCK);
+        stock.unmerge()?;
+        stock.stop()?;
         module::load("")?;
     }
     ksm.unmerge()?;

@@ -1,0 +1,635 @@
+//! Loading and unloading the module.
+
+use std::fs;
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use ksm_e2e::Child;
+use ksm_e2e::Content;
+use ksm_e2e::Ksm;
+use ksm_e2e::Region;
+use ksm_e2e::kmsg::Log;
+use ksm_e2e::ksm::Counters;
+use ksm_e2e::ksm::STOCK;
+use ksm_e2e::memory::Mapping;
+use ksm_e2e::module;
+use ksm_e2e::procfs;
+use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
+use nix::errno::Errno;
+
+ksm_e2e::tests![module_test:
+    loading_is_refused_while_stock_ksm_runs,
+    loading_is_refused_while_stock_ksm_holds_pages,
+    stock_files_make_way_for_a_link_and_come_back,
+    without_drop_in_there_is_no_link,
+    a_second_load_is_refused,
+    wrong_parameters_are_refused,
+    run_can_be_a_parameter,
+    memory_that_was_advised_before_loading_is_found,
+    unloading_restores_every_page_and_stock_ksm,
+    unloading_reaches_children_that_were_never_scanned,
+    an_open_file_does_not_keep_the_module,
+    fifty_lives_leave_nothing_behind,
+    unloading_while_processes_come_and_go,
+    unloading_at_full_speed_keeps_memory_right,
+    an_idle_module_wakes_nobody,
+];
+
+const CONTENT: Content = Content::Distinct(1);
+const PAGES: usize = 64;
+
+fn stock() -> Ksm {
+    Ksm::at(STOCK)
+}
+
+/// Two processes with equal pages that may be merged.
+struct Pair {
+    one: Child,
+    here: Region,
+    other: Child,
+    there: Region,
+}
+
+impl Pair {
+    fn spawn() -> Result<Self> {
+        let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+        let here = one.map_mergeable(PAGES, CONTENT)?;
+        let there = other.map_mergeable(PAGES, CONTENT)?;
+        Ok(Self {
+            one,
+            here,
+            other,
+            there,
+        })
+    }
+
+    fn verify(&mut self) -> Result<()> {
+        self.one.verify(self.here, CONTENT)?;
+        self.other.verify(self.there, CONTENT)
+    }
+
+    /// Nothing is merged, and nobody thinks so.
+    fn expect_private(&mut self) -> Result<()> {
+        for (child, region) in [(&self.one, self.here), (&self.other, self.there)] {
+            let pid = child.pid();
+            ensure!(
+                child.ksm_pages(region)? == 0,
+                "process {pid} has merged pages"
+            );
+            ensure!(
+                procfs::ksm_merging_pages(pid)? == 0,
+                "process {pid} counts pages as merged"
+            );
+            ensure!(
+                procfs::ksm_stat(pid, "ksm_rmap_items")? == 0,
+                "pages of process {pid} are tracked"
+            );
+        }
+        self.verify()
+    }
+}
+
+fn merged() -> Counters {
+    Counters::merged(PAGES as u64, PAGES as u64)
+}
+
+/// Scans with the knobs that the tests like, until the pair is merged.
+fn merge(ksm: &Ksm) -> Result<()> {
+    ksm.scan_fast()?;
+    if ksm.has("smart_scan") {
+        ksm.write("smart_scan", 0)?;
+    }
+    ksm.merge_until(merged())
+}
+
+/// Tries to load, expects to be refused with this error and one line in the log.
+fn expect_refusal(parameters: &str, wanted: Errno) -> Result<String> {
+    let mut log = Log::from_now()?;
+    let result = module::try_load(parameters)?;
+    ensure!(
+        result == Err(wanted),
+        "loading with {parameters:?}: {result:?} instead of {wanted:?}"
+    );
+    ensure!(
+        !module::loaded()?,
+        "the module is there though it was refused"
+    );
+    let lines = log.lines()?;
+    let ours: Vec<&String> = lines
+        .iter()
+        .filter(|line| line.starts_with("ksm_rs: ") && !line.contains("taint"))
+        .collect();
+    ensure!(
+        ours.len() == 1,
+        "the log should have one line about it: {lines:#?}"
+    );
+    Ok(ours[0].clone())
+}
+
+fn loading_is_refused_while_stock_ksm_runs(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    let before = stock().remember()?;
+    stock().write("sleep_millisecs", 3_600_000)?;
+    stock().start()?;
+    let files = stock().snapshot()?;
+    let line = expect_refusal("", Errno::EBUSY)?;
+    ensure!(
+        line.contains("/sys/kernel/mm/ksm/run"),
+        "the line does not say what to do: {line:?}"
+    );
+    // `full_scans` and the like go on counting.
+    let names = |files: &std::collections::BTreeMap<String, (u32, String)>| -> Vec<(String, u32)> {
+        files
+            .iter()
+            .map(|(name, (mode, _))| (name.clone(), *mode))
+            .collect()
+    };
+    ensure!(
+        names(&stock().snapshot()?) == names(&files),
+        "the refusal has changed stock's files"
+    );
+    ensure!(
+        !ksm.exists(),
+        "the refusal has left {}",
+        ksm.dir().display()
+    );
+    ensure!(
+        stock().read("run")? == 1,
+        "the refusal has stopped stock KSM"
+    );
+    // Stock KSM works on.
+    merge(&stock())?;
+    pair.verify()?;
+    before.finish()?;
+    module::load("")
+}
+
+fn loading_is_refused_while_stock_ksm_holds_pages(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    let before = stock().remember()?;
+    merge(&stock())?;
+    ensure!(stock().read("run")? == 0, "stock KSM runs");
+    let files = stock().snapshot()?;
+    let line = expect_refusal("", Errno::EBUSY)?;
+    ensure!(
+        line.contains("/sys/kernel/mm/ksm/run"),
+        "the line does not say what to do: {line:?}"
+    );
+    ensure!(
+        stock().snapshot()? == files,
+        "the refusal has changed stock's files"
+    );
+    ensure!(
+        !ksm.exists(),
+        "the refusal has left {}",
+        ksm.dir().display()
+    );
+    stock().expect(merged())?;
+    pair.verify()?;
+    before.finish()?;
+    module::load("")?;
+    merge(ksm)?;
+    pair.verify()
+}
+
+fn stock_files_make_way_for_a_link_and_come_back(ksm: &Ksm) -> Result<()> {
+    let files = stock().snapshot()?;
+    ensure!(
+        files.contains_key("run") && files.contains_key("use_zero_pages"),
+        "stock KSM is not there: {files:?}"
+    );
+    for _ in 0..3 {
+        module::load("")?;
+        let link =
+            fs::read_link(STOCK).context("there is no link in the place of stock's files")?;
+        ensure!(
+            link == Path::new("ksm_rs"),
+            "the link points to {}",
+            link.display()
+        );
+        // What is done through the link is done to us.
+        let through = Ksm::at(STOCK);
+        through.write("pages_to_scan", 77)?;
+        ensure!(ksm.read("pages_to_scan")? == 77, "the link leads elsewhere");
+        module::unload()?;
+        ensure!(
+            !ksm.dir().exists(),
+            "{} has outlived the module",
+            ksm.dir().display()
+        );
+        ensure!(
+            !fs::symlink_metadata(STOCK)?.is_symlink(),
+            "the link has outlived the module"
+        );
+        ensure!(
+            stock().snapshot()? == files,
+            "stock's files are not what they were"
+        );
+    }
+    Ok(())
+}
+
+fn without_drop_in_there_is_no_link(ksm: &Ksm) -> Result<()> {
+    let files = stock().snapshot()?;
+    module::load("drop_in=0")?;
+    ensure!(
+        fs::symlink_metadata(STOCK).is_err(),
+        "there is something at {STOCK}"
+    );
+    let mut pair = Pair::spawn()?;
+    merge(ksm)?;
+    pair.verify()?;
+    module::unload()?;
+    ensure!(
+        stock().snapshot()? == files,
+        "stock's files are not what they were"
+    );
+    pair.expect_private()
+}
+
+fn a_second_load_is_refused(ksm: &Ksm) -> Result<()> {
+    module::load("")?;
+    let mut pair = Pair::spawn()?;
+    merge(ksm)?;
+    let files = ksm.snapshot()?;
+    let result = module::try_load("")?;
+    ensure!(result == Err(Errno::EEXIST), "loading it twice: {result:?}");
+    ensure!(
+        ksm.snapshot()? == files,
+        "the second load has changed something"
+    );
+    ksm.expect(merged())?;
+    pair.verify()
+}
+
+fn wrong_parameters_are_refused(_: &Ksm) -> Result<()> {
+    let files = stock().snapshot()?;
+    for parameters in ["run=3", "run=4294967295"] {
+        expect_refusal(parameters, Errno::EINVAL)?;
+    }
+    // What is no number, or no truth, the kernel refuses by itself.
+    let cases = [
+        ("run=-1", Errno::EINVAL),
+        ("run=x", Errno::EINVAL),
+        ("run=", Errno::EINVAL),
+        ("drop_in=maybe", Errno::EINVAL),
+        ("kallsyms_lookup_name=x", Errno::EINVAL),
+    ];
+    for (parameters, wanted) in cases {
+        let result = module::try_load(parameters)?;
+        let refused = matches!(result, Err(errno) if errno == wanted || errno == Errno::ERANGE);
+        ensure!(
+            refused,
+            "loading with {parameters:?}: {result:?} instead of {wanted:?}"
+        );
+        ensure!(
+            !module::loaded()?,
+            "the module is there though it was refused"
+        );
+    }
+    ensure!(
+        stock().snapshot()? == files,
+        "a refusal has changed stock's files"
+    );
+    // A parameter that does not exist is not the module's to refuse: the kernel says so in the log, and loads it.
+    let mut log = Log::from_now()?;
+    module::load("no_such_parameter=1")?;
+    let lines = log.lines()?;
+    let told = lines
+        .iter()
+        .any(|line| line.contains("unknown parameter 'no_such_parameter'"));
+    ensure!(
+        told,
+        "the log does not say that the parameter is unknown: {lines:#?}"
+    );
+    Ok(())
+}
+
+fn run_can_be_a_parameter(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    module::load("run=1")?;
+    ensure!(ksm.read("run")? == 1, "run is {}", ksm.read("run")?);
+    // At its own pace of 100 pages every 20 ms.
+    ksm.scan_until(merged())?;
+    pair.verify()?;
+    module::unload()?;
+    pair.expect_private()?;
+    for run in [0, 2] {
+        module::load(&format!("run={run}"))?;
+        ensure!(
+            ksm.read("run")? == run,
+            "run is {} instead of {run}",
+            ksm.read("run")?
+        );
+        module::unload()?;
+    }
+    Ok(())
+}
+
+fn memory_that_was_advised_before_loading_is_found(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    // A fork of such a process, one that has exited, and one that is marked as a whole.
+    let mut child = pair.one.fork()?;
+    let gone = pair.other.fork()?;
+    gone.exit()?;
+    let mut marked = Child::spawn()?;
+    marked.prctl(libc::PR_SET_MEMORY_MERGE, 1)?;
+    let marks = marked.map(Mapping::pages(PAGES))?;
+    marked.fill(marks, CONTENT)?;
+    module::load("")?;
+    ksm.scan_fast()?;
+    ksm.start()?;
+    wait::until("all of it is merged", PATIENCE, || {
+        let everybody = [
+            (&pair.one, pair.here),
+            (&pair.other, pair.there),
+            (&child, pair.here),
+            (&marked, marks),
+        ];
+        let merged = everybody
+            .iter()
+            .map(|(child, region)| child.ksm_pages(*region));
+        Ok(merged.sum::<Result<usize>>()? == 4 * PAGES)
+    })?;
+    child.verify(pair.here, CONTENT)?;
+    marked.verify(marks, CONTENT)?;
+    pair.verify()
+}
+
+fn unloading_restores_every_page_and_stock_ksm(ksm: &Ksm) -> Result<()> {
+    let files = stock().snapshot()?;
+    module::load("")?;
+    let mut pair = Pair::spawn()?;
+    merge(ksm)?;
+    let mut child = pair.one.fork()?;
+    module::unload()?;
+    pair.expect_private()?;
+    ensure!(
+        child.ksm_pages(pair.here)? == 0,
+        "a forked process has merged pages"
+    );
+    child.verify(pair.here, CONTENT)?;
+    ensure!(
+        procfs::pid_of("ksmd_rs")?.is_none(),
+        "the thread has outlived the module"
+    );
+    ensure!(
+        stock().snapshot()? == files,
+        "stock's files are not what they were"
+    );
+    child.kill()?;
+
+    // The same processes, in stock's hands now, and in ours again.
+    let before = stock().remember()?;
+    merge(&stock())?;
+    ensure!(
+        pair.one.pfns(pair.here)? == pair.other.pfns(pair.there)?,
+        "stock KSM does not merge"
+    );
+    pair.verify()?;
+    before.finish()?;
+    pair.expect_private()?;
+    module::load("")?;
+    merge(ksm)?;
+    pair.verify()
+}
+
+fn unloading_reaches_children_that_were_never_scanned(ksm: &Ksm) -> Result<()> {
+    module::load("")?;
+    let mut pair = Pair::spawn()?;
+    merge(ksm)?;
+    let mut family = vec![pair.one.fork()?];
+    for generation in 0..3 {
+        let child = family[generation].fork()?;
+        family.push(child);
+    }
+    // Those in between are gone: the youngest one's pages are nobody's whom the module has met.
+    let mut youngest = family.pop().context("there are four")?;
+    drop(family);
+    module::unload()?;
+    ensure!(
+        youngest.ksm_pages(pair.here)? == 0,
+        "a forked process has merged pages"
+    );
+    youngest.verify(pair.here, CONTENT)?;
+    pair.expect_private()
+}
+
+fn an_open_file_does_not_keep_the_module(ksm: &Ksm) -> Result<()> {
+    module::load("")?;
+    let file = File::open(ksm.dir().join("pages_shared"))?;
+    let mut text = [0; 16];
+    ensure!(file.read_at(&mut text, 0)? > 0, "nothing can be read");
+    let knob = File::options().write(true).open(ksm.dir().join("run"))?;
+    module::unload()?;
+    let result = file.read_at(&mut text, 0);
+    let gone = |error: &std::io::Error| error.raw_os_error() == Some(libc::ENODEV);
+    ensure!(
+        result.as_ref().is_err_and(gone),
+        "reading a file of a module that is gone: {result:?}"
+    );
+    let result = knob.write_at(b"1", 0);
+    ensure!(
+        result.as_ref().is_err_and(gone),
+        "writing a file of a module that is gone: {result:?}"
+    );
+    let result = File::open(ksm.dir().join("run"));
+    ensure!(
+        result.is_err_and(|error| error.kind() == ErrorKind::NotFound),
+        "the file is still there"
+    );
+    Ok(())
+}
+
+/// One life: load, merge, unload. All processes are new, and gone at the end.
+fn live(ksm: &Ksm, life: usize) -> Result<()> {
+    // Advised before and after loading by turns.
+    let early = if life.is_multiple_of(2) {
+        Some(Pair::spawn()?)
+    } else {
+        None
+    };
+    module::load("")?;
+    let mut pair = early.map_or_else(Pair::spawn, Ok)?;
+    merge(ksm)?;
+    if life.is_multiple_of(3) {
+        // Some pages are swapped for others, some processes do not see the end.
+        pair.one
+            .fill(pair.here.part(0, 8), Content::Distinct(9000))?;
+        pair.one.fork()?.kill()?;
+        ksm.start()?;
+        pair.one.fill(pair.here.part(0, 8), CONTENT)?;
+    }
+    module::unload()?;
+    pair.expect_private()
+}
+
+fn fifty_lives_leave_nothing_behind(ksm: &Ksm) -> Result<()> {
+    // Objects that a producer allocates or keeps alive. One life handles 128 pages, 128 or more items, 64 nodes and
+    // two processes or more. So a leak of any kind, once in each life, shows as 50 objects or many more. What else goes
+    // on in the system adds some noise, the more the more common a cache's users are.
+    let measure = || -> Result<Vec<(String, u64, u64)>> {
+        let mut objects = Vec::new();
+        for (cache, noise) in [("mm_struct", 25), ("anon_vma", 40), ("task_struct", 25)] {
+            objects.push((cache.to_owned(), procfs::slab_objects(cache)?, noise));
+        }
+        for cache in procfs::kmalloc_caches()? {
+            let noise = if cache.contains("cg") || cache.contains("rcl") {
+                2000
+            } else {
+                600
+            };
+            objects.push((cache.clone(), procfs::slab_objects(&cache)?, noise));
+        }
+        objects.push((
+            "kB of vmalloc".to_owned(),
+            procfs::meminfo("VmallocUsed")?,
+            200,
+        ));
+        objects.push((
+            "kB of slab".to_owned(),
+            procfs::meminfo("SUnreclaim")?,
+            1500,
+        ));
+        Ok(objects)
+    };
+    for life in 0..5 {
+        live(ksm, life)?;
+    }
+    let before = measure()?;
+    for life in 0..50 {
+        live(ksm, life).with_context(|| format!("in life {life}"))?;
+    }
+    // Freeing may wait for a grace period, and the last processes for their parent.
+    wait::until_or_explain("memory is back to what it was", PATIENCE / 2, || {
+        let grown: Vec<String> = measure()?
+            .into_iter()
+            .filter_map(|(what, now, noise)| {
+                let then = before
+                    .iter()
+                    .find(|(name, ..)| *name == what)
+                    .map_or(0, |(_, then, _)| *then);
+                (now > then + noise).then(|| format!("{what} grew from {then} to {now}"))
+            })
+            .collect();
+        Ok((!grown.is_empty()).then(|| grown.join(", ")))
+    })
+}
+
+fn unloading_while_processes_come_and_go(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    for life in 0..15 {
+        module::load("run=1")?;
+        ksm.scan_at_full_speed()?;
+        let mut writer = Child::spawn()?;
+        let region = writer.map_mergeable(PAGES, CONTENT)?;
+        writer.churn(region, 1)?;
+        let mut forks = Vec::new();
+        for _ in 0..3 {
+            forks.push(pair.one.fork()?);
+        }
+        if life % 3 != 0 {
+            wait::until("something is merged", PATIENCE, || {
+                Ok(ksm.read("pages_sharing")? > 0)
+            })?;
+        }
+        // A helper that unloads, while this process goes on forking and killing.
+        let unloader = std::thread::spawn(module::unload);
+        while !unloader.is_finished() {
+            // From an existing process: this one has two threads now, and must not fork.
+            forks.push(pair.other.fork()?);
+            forks.remove(0).kill()?;
+        }
+        unloader
+            .join()
+            .map_err(|_| anyhow::anyhow!("the unloader panicked"))??;
+        ensure!(
+            writer.alive()?,
+            "a process has read something that it did not write"
+        );
+        writer.kill()?;
+        pair.expect_private()?;
+        for mut child in forks {
+            // Forked from either of the two, and with either's memory at either's address.
+            let (here, there) = (child.ksm_pages(pair.here), child.ksm_pages(pair.there));
+            ensure!(
+                here.unwrap_or(0) == 0 && there.unwrap_or(0) == 0,
+                "a forked process has merged pages"
+            );
+            let region = if child
+                .map_entries(pair.here)?
+                .iter()
+                .all(|entry| entry.pfn().is_some())
+            {
+                pair.here
+            } else {
+                pair.there
+            };
+            child.verify(region, CONTENT)?;
+        }
+    }
+    pair.verify()
+}
+
+fn unloading_at_full_speed_keeps_memory_right(ksm: &Ksm) -> Result<()> {
+    // Unloading at every stage of a merge: nothing scanned yet, something, everything.
+    let mut pair = Pair::spawn()?;
+    for life in 0..16 {
+        module::load("run=1")?;
+        ksm.scan_at_full_speed()?;
+        let wanted = [0, 1, 20, 64][life % 4];
+        wait::until("enough pages are merged", PATIENCE, || {
+            Ok(ksm.read("pages_sharing")? >= wanted)
+        })?;
+        module::unload()?;
+        pair.expect_private()
+            .with_context(|| format!("in life {life}"))?;
+    }
+    Ok(())
+}
+
+fn an_idle_module_wakes_nobody(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    module::load("")?;
+    let thread = procfs::pid_of("ksmd_rs")?.context("there is no thread ksmd_rs")?;
+    let niceness = fs::read_to_string(format!("/proc/{thread}/stat"))?;
+    let niceness = niceness
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_whitespace().nth(16))
+        .map(str::to_owned);
+    ensure!(
+        niceness.as_deref() == Some("5"),
+        "ksmd_rs has niceness {niceness:?}"
+    );
+    let asleep = || -> Result<bool> {
+        Ok(fs::read_to_string(format!("/proc/{thread}/stat"))?.contains(") S "))
+    };
+    for rested in ["never having run", "after running"] {
+        wait::until("the thread sleeps", PATIENCE, asleep)?;
+        let switches = procfs::context_switches(thread)?;
+        // What goes on in the system without KSM, and with memory that could be merged.
+        for _ in 0..50 {
+            let mut child = Child::spawn()?;
+            let region = child.map_mergeable(8, CONTENT)?;
+            child.fork()?.exit()?;
+            child.advise(region, libc::MADV_UNMERGEABLE)?;
+            child.exit()?;
+            pair.verify()?;
+        }
+        let now = procfs::context_switches(thread)?;
+        ensure!(
+            now == switches,
+            "{rested}: the thread was woken {} times while run was 0",
+            now - switches
+        );
+        merge(ksm)?;
+    }
+    pair.verify()
+}
