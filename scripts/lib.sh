@@ -4,6 +4,9 @@
 
 set -euo pipefail
 
+# The Makefile exports its switches, given or not; the kernel's own takes an empty ARCH for an architecture.
+[ -n "${ARCH:-}" ] || unset ARCH
+
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${KSM_RS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ksm_rs}
 tools=$cache/tools

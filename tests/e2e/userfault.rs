@@ -172,8 +172,12 @@ fn protecting_merged_pages_survives_unmerging(ksm: &Ksm) -> Result<()> {
 }
 
 fn watched_pages_that_merge_keep_their_content(ksm: &Ksm) -> Result<()> {
-    let mut other = Child::spawn()?;
+    // Pages that are merged already, so that those of this process are the ones to be replaced.
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    let here = one.map_mergeable(PAGES, CONTENT)?;
     let there = other.map_mergeable(PAGES, CONTENT)?;
+    let pages = PAGES as u64;
+    ksm.merge_until(Counters::merged(pages, pages))?;
     let (region, mut watcher) = map_watched(CONTENT, Watch::WriteProtected)?;
     watcher.write_protect(region, true)?;
     ksm.scan_passes(5)?;
@@ -194,6 +198,7 @@ fn watched_pages_that_merge_keep_their_content(ksm: &Ksm) -> Result<()> {
         fault.is_some() == (left != 0),
         "protected pages: {left}, but a write to one: {fault:?}"
     );
+    one.verify(here, CONTENT)?;
     other.verify(there, CONTENT)?;
     verify(region.part(1, PAGES - 1), CONTENT.from_page(1))
 }
