@@ -5,8 +5,8 @@ use std::fs::OpenOptions;
 use std::io::IoSlice;
 use std::io::Read;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -30,6 +30,7 @@ use nix::unistd::pipe;
 ksm_e2e::tests![
     pages_in_a_pipe_are_not_merged_until_they_are_read,
     pages_being_read_into_directly_are_not_merged,
+    pages_in_use_are_not_replaced_by_merged_ones,
     pages_registered_with_io_uring_are_not_merged,
     registering_merged_pages_makes_them_private,
     a_long_term_pin_of_merged_pages_sees_what_the_process_writes,
@@ -66,12 +67,30 @@ impl Own {
         procfs::ksm_pages(std::process::id() as i32, self.0)
     }
 
+    /// Puts the pages themselves, not what they contain, into a pipe.
+    fn put_into(&self, pipe: &OwnedFd) -> Result<()> {
+        // SAFETY: The region stays mapped, and changes only when nobody looks at the slice.
+        let bytes = unsafe { std::slice::from_raw_parts(self.0.addr as *const u8, self.0.len()) };
+        let spliced = vmsplice(pipe, &[IoSlice::new(bytes)], SpliceFFlags::empty())?;
+        ensure!(
+            spliced == bytes.len(),
+            "only {spliced} bytes went into the pipe"
+        );
+        Ok(())
+    }
+
     fn iovec(&self) -> libc::iovec {
         libc::iovec {
             iov_base: self.0.addr as *mut libc::c_void,
             iov_len: self.0.len(),
         }
     }
+}
+
+fn bytes_of(content: Content, pages: usize) -> Vec<u8> {
+    (0..pages)
+        .flat_map(|index| content.page(index).bytes())
+        .collect()
 }
 
 /// Makes enough passes for anything to be merged that can be, and fails if anything was.
@@ -92,18 +111,7 @@ fn pages_in_a_pipe_are_not_merged_until_they_are_read(ksm: &Ksm) -> Result<()> {
     let own = Own::mergeable(8, OLD)?;
     let there = other.map_mergeable(8, OLD)?;
     let (reader, writer) = pipe()?;
-    let iovec = own.iovec();
-    // SAFETY: The region stays mapped for longer than the slice lives.
-    let bytes = unsafe { std::slice::from_raw_parts(iovec.iov_base as *const u8, iovec.iov_len) };
-    let spliced = vmsplice(
-        writer.as_fd(),
-        &[IoSlice::new(bytes)],
-        SpliceFFlags::empty(),
-    )?;
-    ensure!(
-        spliced == own.0.len(),
-        "only {spliced} bytes went into the pipe"
-    );
+    own.put_into(&writer)?;
 
     expect_no_merge(ksm)?;
     own.verify(OLD)?;
@@ -111,7 +119,7 @@ fn pages_in_a_pipe_are_not_merged_until_they_are_read(ksm: &Ksm) -> Result<()> {
     own.fill(NEW);
     let mut seen = vec![0; own.0.len()];
     File::from(reader).read_exact(&mut seen)?;
-    let wanted: Vec<u8> = (0..8).flat_map(|index| NEW.page(index).bytes()).collect();
+    let wanted = bytes_of(NEW, 8);
     ensure!(
         seen == wanted,
         "the pipe does not contain what the process wrote to its pages"
@@ -137,7 +145,7 @@ fn pages_being_read_into_directly_are_not_merged(ksm: &Ksm) -> Result<()> {
 
     expect_no_merge(ksm)?;
     other.verify(there, OLD)?;
-    let bytes: Vec<u8> = (0..8).flat_map(|index| NEW.page(index).bytes()).collect();
+    let bytes = bytes_of(NEW, 8);
     file.answer(&bytes)?;
     let read = one.finish_read()?;
     ensure!(read == here.len() as i64, "{read} bytes were read");
@@ -151,11 +159,51 @@ fn pages_being_read_into_directly_are_not_merged(ksm: &Ksm) -> Result<()> {
     one.begin_read_direct(file.path(), here)?;
     file.wait_for_read()?;
     ksm.scan_passes(3)?;
-    let bytes: Vec<u8> = (0..8).flat_map(|index| OLD.page(index).bytes()).collect();
+    let bytes = bytes_of(OLD, 8);
     file.answer(&bytes)?;
     one.finish_read()?;
     one.verify(here, OLD)?;
     other.verify(there, NEW)
+}
+
+fn pages_in_use_are_not_replaced_by_merged_ones(ksm: &Ksm) -> Result<()> {
+    // Above, two ordinary pages could have become one; here a merged page exists that could take their place.
+    let (mut one, mut other, mut reader) = (Child::spawn()?, Child::spawn()?, Child::spawn()?);
+    let here = one.map_mergeable(8, OLD)?;
+    let there = other.map_mergeable(8, OLD)?;
+    ksm.merge_until(Counters::merged(8, 8))?;
+    let mut file = SlowFile::mount()?;
+    let target = reader.map_mergeable(8, OLD)?;
+    reader.begin_read_direct(file.path(), target)?;
+    file.wait_for_read()?;
+    let own = Own::mergeable(8, OLD)?;
+    let (pipe, writer) = pipe()?;
+    own.put_into(&writer)?;
+
+    ksm.scan_passes(5)?;
+    let counters = ksm.counters()?;
+    ensure!(
+        (counters.shared, counters.sharing) == (8, 8),
+        "a page that is in use was merged: {counters}"
+    );
+    own.fill(NEW);
+    let mut seen = vec![0; own.0.len()];
+    File::from(pipe).read_exact(&mut seen)?;
+    ensure!(
+        seen == bytes_of(NEW, 8),
+        "the pipe does not contain what the process wrote to its pages"
+    );
+    own.fill(OLD);
+    file.answer(&bytes_of(NEW, 8))?;
+    reader.finish_read()?;
+    reader
+        .verify(target, NEW)
+        .context("what was read has not arrived")?;
+    reader.fill(target, OLD)?;
+    ksm.merge_until(Counters::merged(8, 3 * 8))?;
+    own.verify(OLD)?;
+    one.verify(here, OLD)?;
+    other.verify(there, OLD)
 }
 
 /// Lets the kernel write to registered memory.
@@ -289,7 +337,7 @@ fn a_long_term_pin_of_merged_pages_sees_what_the_process_writes(ksm: &Ksm) -> Re
     ksm.scan_passes(4)?;
     ensure!(own.ksm_pages()? == 0, "pinned pages are shared");
     own.fill(NEW);
-    let wanted: Vec<u8> = (0..8).flat_map(|index| NEW.page(index).bytes()).collect();
+    let wanted = bytes_of(NEW, 8);
     ensure!(
         pinned.read()? == wanted,
         "the pinned pages are not the process' any more"
@@ -307,7 +355,7 @@ fn pages_pinned_for_reading_are_not_merged(ksm: &Ksm) -> Result<()> {
     let pinned = Pinned::for_reading(own.0)?;
     expect_no_merge(ksm)?;
     own.fill(NEW);
-    let wanted: Vec<u8> = (0..8).flat_map(|index| NEW.page(index).bytes()).collect();
+    let wanted = bytes_of(NEW, 8);
     ensure!(
         pinned.read()? == wanted,
         "the pinned pages are not the process' any more"
