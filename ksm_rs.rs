@@ -83,6 +83,9 @@ mod kunit_rbtree;
 #[path = "tests-kunit/scan.rs"]
 mod kunit_scan;
 #[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/stable_tree.rs"]
+mod kunit_stable_tree;
+#[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/unstable_tree.rs"]
 mod kunit_unstable_tree;
 
