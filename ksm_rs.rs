@@ -29,6 +29,7 @@ use kernel::{
     sync::Arc, //
 };
 
+mod advisor;
 mod arena;
 mod btf;
 mod engine;
@@ -51,10 +52,14 @@ mod stats;
 mod stock;
 mod symbols;
 mod sysfs;
+mod trace;
 mod tracepoints;
 mod unmerge;
 mod unstable_tree;
 
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/advisor.rs"]
+mod kunit_advisor;
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/arena.rs"]
 mod kunit_arena;

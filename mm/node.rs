@@ -77,6 +77,11 @@ struct RawItem {
     hlist: bindings::hlist_node,
 }
 
+/// Slab bytes of an [`RmapItem`].
+pub(crate) const ITEM_BYTES: usize = size_of::<RawItem>();
+/// Slab bytes of a [`StableNode`].
+pub(crate) const NODE_BYTES: usize = size_of::<RawNode>();
+
 macro_rules! wanted {
     ($structure:literal: $($raw:ident.$field:ident),+ $(,)?) => {
         [$(Wanted { structure: $structure, field: stringify!($field), offset: offset_of!($raw, $field) }),+]
@@ -164,7 +169,8 @@ impl StableNode {
         self.raw.as_ptr() as usize | MAPPING_KSM
     }
 
-    fn kpfn(&self) -> usize {
+    /// Frame number of its page, as the core last said; 0 before it had one.
+    pub(crate) fn pfn(&self) -> usize {
         // SAFETY: The raw node is ours and `kpfn` is atomic.
         unsafe { &(*self.raw()).kpfn }.load(Relaxed)
     }
@@ -237,7 +243,7 @@ impl StableNode {
     /// node as long as, and only when, the frame holds the node's page.
     fn find(&mut self) -> Option<PageRef> {
         loop {
-            let pfn = self.kpfn();
+            let pfn = self.pfn();
             // SAFETY: The frame belonged to our page, so it has a `struct page`: no node is looked at while memory
             // goes offline, and those of frames that are gone are dropped before the next look (`hotplug.rs`).
             // Taking a reference by `folio_try_get()` is safe on any frame.
@@ -263,7 +269,7 @@ impl StableNode {
             // `folio_migrate_ksm()` writes `kpfn` before it clears the old folio's mapping: read in the opposite
             // order, a page that moved is seen at its new frame.
             smp_mb(Read);
-            if self.kpfn() == pfn {
+            if self.pfn() == pfn {
                 // INVARIANT: No folio points at the node, and none will: only `adopt()` makes one.
                 self.unused = true;
                 return None;
@@ -312,7 +318,7 @@ impl StableNode {
     /// Gives up a page whose memory has gone offline, as its frame must not be looked at any more. `false`: the
     /// page is elsewhere.
     pub(crate) fn abandon(&mut self, offline: &OfflineRange) -> bool {
-        let gone = offline.contains(self.kpfn());
+        let gone = offline.contains(self.pfn());
         if gone {
             // INVARIANT: A page that has been freed points at no node.
             self.unused = true;
@@ -452,6 +458,17 @@ impl RmapItem {
     pub(crate) fn owner(&self) -> Id {
         // SAFETY: The item is ours and the field never changes.
         Id::from_raw(unsafe { (*self.raw()).owner })
+    }
+
+    /// Address of its `mm_struct`, for events.
+    pub(crate) fn mm(&self) -> usize {
+        // SAFETY: The item is ours and the field never changes.
+        unsafe { (*self.raw()).mm as usize }
+    }
+
+    /// Its own address, for events.
+    pub(crate) fn address_of(&self) -> usize {
+        self.raw.as_ptr() as usize
     }
 
     /// Remembers the anon_vma of `vma`, which maps the item's address, with a reference; the mmap lock, which
