@@ -13,6 +13,7 @@
 #include <linux/kprobes.h>
 #include <linux/ksm.h>
 #include <linux/kthread.h>
+#include <linux/swap.h>
 #include <linux/leafops.h>
 #include <linux/memory.h>
 #include <linux/mm_inline.h>
@@ -25,11 +26,18 @@
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/static_call.h>
-#include <linux/swap.h>
 #include <linux/sysfs.h>
 #include <linux/tracepoint.h>
+#include <linux/version.h>
 #include <linux/wait.h>
 #include "ksm_rs_events.h"
+
+/* What older series call by other names, or do without; docs/kernel-series.md says where else they differ. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 3, 0)
+#define linear_anon_page_index linear_page_index
+#define pte_uffd pte_uffd_wp
+#define pte_mkuffd pte_mkuffd_wp
+#endif
 
 /* Declared in mm/internal.h and mm/swap.h, which are no part of a kernel's header package. */
 pmd_t *mm_find_pmd(struct mm_struct *mm, unsigned long address);

@@ -10,6 +10,7 @@ use crate::{
         bindings,
         zero, //
     },
+    series::set_callbacks,
     stock::Stock, //
 };
 use core::ptr::NonNull;
@@ -284,11 +285,12 @@ const fn attribute<F: File>() -> Attribute {
     // SAFETY: All zero is a valid `kobj_attribute`: null pointers, no callbacks.
     let mut attribute: bindings::kobj_attribute = unsafe { core::mem::zeroed() };
     attribute.attr.name = kernel::str::as_char_ptr_in_const_context(F::NAME);
-    attribute.attr.mode = 0o444;
-    attribute.__bindgen_anon_1.show = Some(show::<F>);
     if F::WRITABLE {
         attribute.attr.mode = 0o644;
-        attribute.__bindgen_anon_2.store = Some(store::<F>);
+        set_callbacks!(attribute, show::<F>, Some(store::<F>));
+    } else {
+        attribute.attr.mode = 0o444;
+        set_callbacks!(attribute, show::<F>, None);
     }
     Attribute(attribute)
 }

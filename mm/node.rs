@@ -25,7 +25,8 @@ use crate::{
     layout::{
         Wanted,
         WantedSize, //
-    }, //
+    },
+    series::smp_rmb, //
 };
 use core::{cell::UnsafeCell, mem::offset_of, ptr::NonNull};
 use kernel::{
@@ -34,16 +35,10 @@ use kernel::{
         Flags, //
     },
     prelude::*,
-    sync::{
-        atomic::{
-            Atomic,
-            AtomicFlag,
-            Relaxed, //
-        },
-        barrier::{
-            smp_mb,
-            Read, //
-        }, //
+    sync::atomic::{
+        Atomic,
+        AtomicFlag,
+        Relaxed, //
     }, //
 };
 
@@ -89,8 +84,14 @@ macro_rules! wanted {
 }
 
 const WANTED_NODE: [Wanted; 2] = wanted!("ksm_stable_node": RawNode.hlist, RawNode.kpfn);
+#[cfg(linux_7_3)]
 const WANTED_ITEM: [Wanted; 5] = wanted!(
     "ksm_rmap_item": RawItem.anon_vma, RawItem.mm, RawItem.address, RawItem.linear_page_index, RawItem.hlist
+);
+/// Before Linux 7.3 the core looked at all of an anon_vma: the page's index is ours alone there, and harms nobody.
+#[cfg(not(linux_7_3))]
+const WANTED_ITEM: [Wanted; 4] = wanted!(
+    "ksm_rmap_item": RawItem.anon_vma, RawItem.mm, RawItem.address, RawItem.hlist
 );
 
 /// The fields that the core reads, and where our structures have them.
@@ -268,7 +269,7 @@ impl StableNode {
             }
             // `folio_migrate_ksm()` writes `kpfn` before it clears the old folio's mapping: read in the opposite
             // order, a page that moved is seen at its new frame.
-            smp_mb(Read);
+            smp_rmb();
             if self.pfn() == pfn {
                 // INVARIANT: No folio points at the node, and none will: only `adopt()` makes one.
                 self.unused = true;
