@@ -104,14 +104,16 @@ impl Engine {
     }
 
     fn consider_page(&mut self, id: Id, hash: ContentHash, nid: usize, policy: Policy) {
+        if policy.smart_scan {
+            if let Some(item) = self.items.get_mut(id) {
+                item.grow_older();
+            }
+        }
         // Not a KSM page, so the item's place in a tree, if it has one, is history.
         self.detach(id);
         let Some(item) = self.items.get_mut(id) else {
             return;
         };
-        if policy.smart_scan {
-            item.grow_older();
-        }
         if item.hash() != hash {
             // It changes often, or was never seen: not worth a search.
             item.set_idle(hash);

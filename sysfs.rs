@@ -143,6 +143,7 @@ file!(
         Ok(())
     }
 );
+#[cfg(CONFIG_NUMA)]
 file!(
     MergeAcrossNodes,
     c"merge_across_nodes",
@@ -296,9 +297,9 @@ const fn attribute<F: File>() -> Attribute {
 }
 
 macro_rules! files {
-    ($($file:ident),+ $(,)?) => {
-        static LIST: List<{ [$(stringify!($file)),+].len() + 1 }> = List([
-            $({
+    ($($(#[$attribute:meta])* $file:ident),+ $(,)?) => {
+        static LIST: List<{ [$($(#[$attribute])* stringify!($file)),+].len() + 1 }> = List([
+            $($(#[$attribute])* {
                 static ATTRIBUTE: Attribute = attribute::<$file>();
                 &raw const ATTRIBUTE.0.attr
             },)+
@@ -311,6 +312,7 @@ files!(
     RunFile,
     PagesToScan,
     SleepMillisecs,
+    #[cfg(CONFIG_NUMA)]
     MergeAcrossNodes,
     MaxPageSharing,
     UseZeroPages,
