@@ -212,15 +212,19 @@ void ksm_rs_put_anon_vma(struct anon_vma *anon_vma)
 
 void ksm_rs_notifier_range_start(struct mmu_notifier_range *range, struct mm_struct *mm, unsigned long start)
 {
+#ifdef CONFIG_MMU_NOTIFIER
 	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR, MMU_NOTIFIER_RANGE_BLOCKABLE, mm, start, start + PAGE_SIZE);
 	if (mm_has_notifiers(mm))
 		ksm_rs___mmu_notifier_invalidate_range_start(range);
+#endif
 }
 
 void ksm_rs_notifier_range_end(struct mmu_notifier_range *range)
 {
+#ifdef CONFIG_MMU_NOTIFIER
 	if (mm_has_notifiers(range->mm))
 		ksm_rs___mmu_notifier_invalidate_range_end(range);
+#endif
 }
 
 pmd_t ksm_rs_pmdp_get_lockless(pmd_t *pmdp)

@@ -73,9 +73,16 @@ void __put_anon_vma(struct anon_vma *anon_vma);
 	VOID_CALL(__put_anon_vma, (struct anon_vma *anon_vma), (anon_vma)) \
 	VOID_CALL(lru_add_drain_all, (void), ()) \
 	CALL(unsigned long long, task_sched_runtime, (struct task_struct *task), (task)) \
-	CALL(int, __mmu_notifier_invalidate_range_start, (struct mmu_notifier_range *range), (range)) \
-	VOID_CALL(__mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range), (range)) \
+	KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL) \
 	KSM_RS_UNEXPORTED_THP(CALL)
+
+#ifdef CONFIG_MMU_NOTIFIER
+#define KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL) \
+	CALL(int, __mmu_notifier_invalidate_range_start, (struct mmu_notifier_range *range), (range)) \
+	VOID_CALL(__mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range), (range))
+#else
+#define KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL)
+#endif
 
 #ifdef CONFIG_TRANSPARENT_HUGEPAGE
 #define KSM_RS_UNEXPORTED_THP(CALL) \
