@@ -4,6 +4,8 @@
 //!
 //! `Kbuild` sets `linux_7_3` for that series and later ones; `docs/kernel-series.md` says where else they differ.
 
+#![forbid(unsafe_code)]
+
 /// Orders the reads before the call before those behind it. Any context.
 pub(crate) fn smp_rmb() {
     #[cfg(linux_7_3)]
