@@ -5,6 +5,7 @@
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 
 mod fork;
+mod hotplug;
 mod hugepages;
 mod hwpoison;
 mod knobs;
@@ -39,6 +40,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(pins::tests());
     tests.extend(reclaim::tests());
     tests.extend(numa::tests());
+    tests.extend(hotplug::tests());
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());
