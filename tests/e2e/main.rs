@@ -5,6 +5,7 @@
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 
 mod fork;
+mod freezer;
 mod hotplug;
 mod hugepages;
 mod hwpoison;
@@ -41,6 +42,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(reclaim::tests());
     tests.extend(numa::tests());
     tests.extend(hotplug::tests());
+    tests.extend(freezer::tests());
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());

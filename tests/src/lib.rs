@@ -7,6 +7,7 @@
 //! Every test runs in a process of its own with a time limit ([`runner`]).
 
 pub mod child;
+pub mod freezer;
 pub mod hotplug;
 pub mod kmsg;
 pub mod ksm;
@@ -17,6 +18,7 @@ pub mod procfs;
 pub mod runner;
 pub mod slow_file;
 pub mod swap;
+pub mod trace;
 pub mod userfault;
 pub mod wait;
 
