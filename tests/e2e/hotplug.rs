@@ -245,15 +245,13 @@ impl Stuck {
 }
 
 fn scanning_waits_while_memory_goes_offline(ksm: &Ksm) -> Result<()> {
-    let (mut stopper, mut changer) = (Child::spawn()?, Child::spawn()?);
+    let mut stopper = Child::spawn()?;
     let mut stuck = Stuck::new(ksm)?;
     let keep = stuck.pair.block.keep();
     stuck.expect_standstill(ksm, &[])?;
     stopper.begin_write_file(ksm.dir().join("run"), "0")?;
-    let limit = ksm.read("max_page_sharing")? + 1;
-    changer.begin_write_file(ksm.dir().join("max_page_sharing"), &limit.to_string())?;
     let (third, _) = newcomer()?;
-    stuck.expect_standstill(ksm, &[&stopper, &changer])?;
+    stuck.expect_standstill(ksm, &[&stopper])?;
     // Whoever uses merged pages need not wait: not for a copy, nor to exit.
     let pair = &mut stuck.pair;
     pair.one
@@ -266,11 +264,6 @@ fn scanning_waits_while_memory_goes_offline(ksm: &Ksm) -> Result<()> {
     ensure!(outcome == Ok(()), "taking the block offline: {outcome:?}");
     let outcome = stopper.finish_write()?;
     ensure!(outcome == Ok(()), "stopping: {outcome:?}");
-    let outcome = changer.finish_write()?;
-    ensure!(
-        outcome == Err(Errno::EBUSY),
-        "changing max_page_sharing with pages shared: {outcome:?}"
-    );
     let pair = &mut stuck.pair;
     ensure!(
         pair.in_block()? == 0,
@@ -285,9 +278,12 @@ fn scanning_waits_while_memory_goes_offline(ksm: &Ksm) -> Result<()> {
 }
 
 fn scanning_goes_on_when_memory_stays_online(ksm: &Ksm) -> Result<()> {
+    let mut changer = Child::spawn()?;
     let mut stuck = Stuck::new(ksm)?;
     let _keep = stuck.pair.block.keep();
-    stuck.expect_standstill(ksm, &[])?;
+    let limit = ksm.read("max_page_sharing")? + 1;
+    changer.begin_write_file(ksm.dir().join("max_page_sharing"), &limit.to_string())?;
+    stuck.expect_standstill(ksm, &[&changer])?;
     let (mut third, elsewhere) = newcomer()?;
     stuck.writer.interrupt()?;
     let outcome = stuck.writer.finish_write()?;
@@ -297,6 +293,11 @@ fn scanning_goes_on_when_memory_stays_online(ksm: &Ksm) -> Result<()> {
     );
     let state = stuck.pair.block.state()?;
     ensure!(state == "online", "the block is {state}");
+    let outcome = changer.finish_write()?;
+    ensure!(
+        outcome == Err(Errno::EBUSY),
+        "changing max_page_sharing with pages shared: {outcome:?}"
+    );
     ksm.full_scans(3)?;
     ksm.scan_until(Counters::merged(16, 32))?;
     third.verify(elsewhere, CONTENT)?;
