@@ -15,6 +15,7 @@ mod merging;
 mod numa;
 mod pins;
 mod reclaim;
+mod refusals;
 mod unmerge;
 mod userfault;
 mod while_scanning;
@@ -48,6 +49,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
         tests.extend(lifecycle::tests());
+        tests.extend(refusals::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }
