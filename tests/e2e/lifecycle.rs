@@ -13,7 +13,6 @@ use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::Region;
-use ksm_e2e::kmsg::Log;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::STOCK;
 use ksm_e2e::memory::Mapping;
@@ -28,8 +27,6 @@ ksm_e2e::tests![module_test:
     loading_is_refused_while_stock_ksm_holds_pages,
     stock_files_make_way_for_a_link_and_come_back,
     without_drop_in_there_is_no_link,
-    a_second_load_is_refused,
-    wrong_parameters_are_refused,
     run_can_be_a_parameter,
     memory_that_was_advised_before_loading_is_found,
     unloading_restores_every_page_and_stock_ksm,
@@ -110,26 +107,8 @@ fn merge(ksm: &Ksm) -> Result<()> {
 
 /// Tries to load, expects to be refused with this error and one line in the log.
 fn expect_refusal(parameters: &str, wanted: Errno) -> Result<String> {
-    let mut log = Log::from_now()?;
-    let result = module::try_load(parameters)?;
-    ensure!(
-        result == Err(wanted),
-        "loading with {parameters:?}: {result:?} instead of {wanted:?}"
-    );
-    ensure!(
-        !module::loaded()?,
-        "the module is there though it was refused"
-    );
-    let lines = log.lines()?;
-    let ours: Vec<&String> = lines
-        .iter()
-        .filter(|line| line.starts_with("ksm_rs: ") && !line.contains("taint"))
-        .collect();
-    ensure!(
-        ours.len() == 1,
-        "the log should have one line about it: {lines:#?}"
-    );
-    Ok(ours[0].clone())
+    module::expect_refusal(wanted, || module::try_load(parameters))
+        .with_context(|| format!("loading with {parameters:?}"))
 }
 
 fn loading_is_refused_while_stock_ksm_runs(ksm: &Ksm) -> Result<()> {
@@ -251,64 +230,6 @@ fn without_drop_in_there_is_no_link(ksm: &Ksm) -> Result<()> {
         "stock's files are not what they were"
     );
     pair.expect_private()
-}
-
-fn a_second_load_is_refused(ksm: &Ksm) -> Result<()> {
-    module::load("")?;
-    let mut pair = Pair::spawn()?;
-    merge(ksm)?;
-    let files = ksm.snapshot()?;
-    let result = module::try_load("")?;
-    ensure!(result == Err(Errno::EEXIST), "loading it twice: {result:?}");
-    ensure!(
-        ksm.snapshot()? == files,
-        "the second load has changed something"
-    );
-    ksm.expect(merged())?;
-    pair.verify()
-}
-
-fn wrong_parameters_are_refused(_: &Ksm) -> Result<()> {
-    let files = stock().snapshot()?;
-    for parameters in ["run=3", "run=4294967295"] {
-        expect_refusal(parameters, Errno::EINVAL)?;
-    }
-    // What is no number, or no truth, the kernel refuses by itself.
-    let cases = [
-        ("run=-1", Errno::EINVAL),
-        ("run=x", Errno::EINVAL),
-        ("run=", Errno::EINVAL),
-        ("drop_in=maybe", Errno::EINVAL),
-        ("kallsyms_lookup_name=x", Errno::EINVAL),
-    ];
-    for (parameters, wanted) in cases {
-        let result = module::try_load(parameters)?;
-        let refused = matches!(result, Err(errno) if errno == wanted || errno == Errno::ERANGE);
-        ensure!(
-            refused,
-            "loading with {parameters:?}: {result:?} instead of {wanted:?}"
-        );
-        ensure!(
-            !module::loaded()?,
-            "the module is there though it was refused"
-        );
-    }
-    ensure!(
-        stock().snapshot()? == files,
-        "a refusal has changed stock's files"
-    );
-    // A parameter that does not exist is not the module's to refuse: the kernel says so in the log, and loads it.
-    let mut log = Log::from_now()?;
-    module::load("no_such_parameter=1")?;
-    let lines = log.lines()?;
-    let told = lines
-        .iter()
-        .any(|line| line.contains("unknown parameter 'no_such_parameter'"));
-    ensure!(
-        told,
-        "the log does not say that the parameter is unknown: {lines:#?}"
-    );
-    Ok(())
 }
 
 fn run_can_be_a_parameter(ksm: &Ksm) -> Result<()> {

@@ -5,6 +5,8 @@
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 
 mod fork;
+mod freezer;
+mod hotplug;
 mod hugepages;
 mod hwpoison;
 mod knobs;
@@ -13,6 +15,7 @@ mod merging;
 mod numa;
 mod pins;
 mod reclaim;
+mod refusals;
 mod unmerge;
 mod userfault;
 mod while_scanning;
@@ -39,11 +42,14 @@ fn main() -> anyhow::Result<()> {
     tests.extend(pins::tests());
     tests.extend(reclaim::tests());
     tests.extend(numa::tests());
+    tests.extend(hotplug::tests());
+    tests.extend(freezer::tests());
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
         tests.extend(lifecycle::tests());
+        tests.extend(refusals::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }

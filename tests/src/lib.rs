@@ -7,6 +7,9 @@
 //! Every test runs in a process of its own with a time limit ([`runner`]).
 
 pub mod child;
+pub mod doctor;
+pub mod freezer;
+pub mod hotplug;
 pub mod kmsg;
 pub mod ksm;
 pub mod memory;
@@ -16,6 +19,7 @@ pub mod procfs;
 pub mod runner;
 pub mod slow_file;
 pub mod swap;
+pub mod trace;
 pub mod userfault;
 pub mod wait;
 

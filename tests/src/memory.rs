@@ -268,7 +268,7 @@ impl Mapping {
             },
         )?;
         if let Some(node) = self.node {
-            crate::numa::bind(region, node)?;
+            crate::numa::bind(region, node, false)?;
         }
         Ok(region)
     }

@@ -14,7 +14,9 @@ use crate::memory::Region;
 /// Bits of `/proc/kpageflags`.
 const KPF_ANON: u64 = 12;
 const KPF_HWPOISON: u64 = 19;
+const KPF_NOPAGE: u64 = 20;
 const KPF_KSM: u64 = 21;
+const KPF_RESERVED: u64 = 32;
 const KPF_MLOCKED: u64 = 33;
 
 /// Bits of `/proc/<pid>/pagemap`.
@@ -29,11 +31,19 @@ pub struct Pfn(pub u64);
 impl Pfn {
     /// The flags `/proc/kpageflags` shows.
     pub fn flags(self) -> Result<PageFlags> {
+        Ok(self.flags_from_here(1)?[0])
+    }
+
+    /// The same for as many pages from this one on.
+    pub fn flags_from_here(self, pages: usize) -> Result<Vec<PageFlags>> {
         let file = File::open("/proc/kpageflags").context("/proc/kpageflags")?;
-        let mut word = [0; 8];
-        file.read_exact_at(&mut word, self.0 * 8)
-            .with_context(|| format!("flags of {self:?}"))?;
-        Ok(PageFlags(u64::from_le_bytes(word)))
+        let mut bytes = vec![0; pages * 8];
+        file.read_exact_at(&mut bytes, self.0 * 8)
+            .with_context(|| format!("flags of {pages} pages from {self:?} on"))?;
+        let words = bytes
+            .chunks_exact(8)
+            .map(|word| PageFlags(u64::from_le_bytes(word.try_into().expect("8 bytes"))));
+        Ok(words.collect())
     }
 }
 
@@ -59,6 +69,16 @@ impl PageFlags {
     /// A page that must not be used any more.
     pub fn poisoned(self) -> bool {
         self.bit(KPF_HWPOISON)
+    }
+
+    /// A page that the kernel took before its allocator was there.
+    pub fn reserved(self) -> bool {
+        self.bit(KPF_RESERVED)
+    }
+
+    /// No page at all.
+    pub fn absent(self) -> bool {
+        self.bit(KPF_NOPAGE)
     }
 
     /// A page that is locked into memory.
