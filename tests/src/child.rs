@@ -9,6 +9,7 @@ use std::io::BufRead;
 use std::io::BufReader;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
+use std::io::Read;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
@@ -51,6 +52,7 @@ use nix::unistd::Pid;
 use nix::unistd::fork;
 use serde::Deserialize;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::memory;
 use crate::memory::Content;
@@ -500,6 +502,32 @@ impl Drop for Child {
     fn drop(&mut self) {
         // A helper that cannot be killed is found by the runner, which waits for the whole process group.
         let _ = self.kill_and_wait();
+    }
+}
+
+/// Runs a function in a fork of this process, and returns what it returned.
+pub fn in_a_fork<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (mut near, mut far) = UnixStream::pair()?;
+    near.set_read_timeout(Some(PATIENCE * wait::slowness()))?;
+    // SAFETY: Tests have one thread only, so the child may do whatever the parent may.
+    match unsafe { fork() }.context("fork")? {
+        ForkResult::Parent { child } => {
+            drop(far);
+            let mut answer = String::new();
+            let read = near.read_to_string(&mut answer);
+            if read.is_err() {
+                nix::sys::signal::kill(child, Signal::SIGKILL)?;
+            }
+            waitpid(child, None)?;
+            read.context("answer of a fork")?;
+            let answer: Result<T, String> = serde_json::from_str(&answer)?;
+            answer.map_err(|error| anyhow!(error))
+        }
+        ForkResult::Child => {
+            let answer = work().map_err(|error| format!("{error:#}"));
+            let sent = serde_json::to_vec(&answer).is_ok_and(|text| far.write_all(&text).is_ok());
+            leave(i32::from(!sent))
+        }
     }
 }
 

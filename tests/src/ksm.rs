@@ -124,6 +124,12 @@ impl Ksm {
         self.dir.join(file).exists()
     }
 
+    /// Whether somebody may write to a file of that name.
+    pub fn writable(&self, file: &str) -> bool {
+        let metadata = fs::metadata(self.dir.join(file));
+        metadata.is_ok_and(|metadata| metadata.mode() & 0o222 != 0)
+    }
+
     /// The whole text of a file.
     pub fn text(&self, file: &str) -> Result<String> {
         let path = self.dir.join(file);
