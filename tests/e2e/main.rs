@@ -15,6 +15,7 @@ mod numa;
 mod pins;
 mod reclaim;
 mod stock_interface;
+mod stock_results;
 mod unmerge;
 mod userfault;
 mod while_scanning;
@@ -50,6 +51,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
         tests.extend(lifecycle::tests());
+        tests.extend(stock_results::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }

@@ -57,6 +57,7 @@ use serde::de::DeserializeOwned;
 use crate::memory;
 use crate::memory::Content;
 use crate::memory::Mapping;
+use crate::memory::Pattern;
 use crate::memory::Region;
 use crate::procfs;
 use crate::procfs::MapEntry;
@@ -80,6 +81,8 @@ enum Command {
         to: usize,
     },
     Fill(Region, Content),
+    Paint(Vec<(usize, Pattern)>),
+    Differing(Vec<(usize, Pattern)>),
     Checksums(Region),
     Write {
         addr: usize,
@@ -123,6 +126,7 @@ enum Reply {
     Number(i64),
     Region(Region),
     Checksums(Vec<u64>),
+    Addresses(Vec<usize>),
     Bytes(Vec<u8>),
     BusError(Option<BusError>),
     Errno(i32),
@@ -298,6 +302,19 @@ impl Child {
     /// Fills memory.
     pub fn fill(&mut self, region: Region, content: Content) -> Result<()> {
         self.done(&Command::Fill(region, content))
+    }
+
+    /// Fills single pages, each given by its address.
+    pub fn paint(&mut self, pages: &[(usize, Pattern)]) -> Result<()> {
+        self.done(&Command::Paint(pages.to_vec()))
+    }
+
+    /// The addresses of those pages that do not contain what they should, in every byte.
+    pub fn differing(&mut self, pages: &[(usize, Pattern)]) -> Result<Vec<usize>> {
+        match self.order(&Command::Differing(pages.to_vec()))? {
+            Reply::Addresses(addresses) => Ok(addresses),
+            other => bail!("unexpected answer {other:?}"),
+        }
     }
 
     /// Fails unless memory contains exactly this.
@@ -638,6 +655,8 @@ fn execute(command: Command) -> Result<Reply, Errno> {
                 return memory::remap(region, pages, flags, to).map(Reply::Region);
             }
             Command::Fill(region, content) => memory::fill(region, content),
+            Command::Paint(pages) => memory::paint(&pages),
+            Command::Differing(pages) => return Ok(Reply::Addresses(memory::differing(&pages))),
             Command::Checksums(region) => return Ok(Reply::Checksums(memory::checksums(region))),
             Command::Write { addr, bytes } => memory::write(addr, &bytes),
             Command::Read { addr, len } => return Ok(Reply::Bytes(memory::read(addr, len))),

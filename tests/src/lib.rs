@@ -20,6 +20,7 @@ pub mod slow_file;
 pub mod swap;
 pub mod userfault;
 pub mod wait;
+pub mod world;
 
 pub use child::Child;
 pub use ksm::Ksm;

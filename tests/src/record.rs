@@ -25,6 +25,15 @@ impl Record {
         );
     }
 
+    /// Adds the answers of another record, to other questions.
+    pub fn extend(&mut self, other: Self) {
+        for (topic, answers) in other.0 {
+            for (question, answer) in answers {
+                self.note(&topic, question, answer);
+            }
+        }
+    }
+
     /// How many answers there are.
     pub fn len(&self) -> usize {
         self.0.values().map(BTreeMap::len).sum()
@@ -33,11 +42,6 @@ impl Record {
     /// Whether nothing was noted.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
-    }
-
-    /// The number noted for a question.
-    pub fn number(&self, topic: &str, question: &str) -> Option<i64> {
-        self.get(topic, question)?.parse().ok()
     }
 
     fn get(&self, topic: &str, question: &str) -> Option<&str> {
