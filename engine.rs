@@ -8,6 +8,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    advisor::{
+        Advisor,
+        Spent, //
+    },
     arena::{
         Arena,
         Id, //
@@ -20,9 +24,13 @@ use crate::{
         State, //
     },
     knobs::MAX_PAGE_SHARING,
+    kthread,
     mm::{
         self,
-        node::RmapItem, //
+        node::{
+            RmapItem,
+            StableNode, //
+        }, //
     },
     registry::SlotId,
     scan::{
@@ -32,12 +40,17 @@ use crate::{
     slots::Slots,
     stable_tree::StableTree,
     stats::Stats,
+    trace,
     unstable_tree::UnstableTree, //
 };
 use kernel::{
     alloc::Flags,
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    time::{
+        Instant,
+        Monotonic, //
+    }, //
 };
 
 /// Knobs that the engine goes by, as they were when a batch began.
@@ -45,6 +58,33 @@ use kernel::{
 pub(crate) struct Policy {
     /// Whether empty pages are replaced by the zero page.
     pub(crate) use_zero_pages: bool,
+    /// Whether pages that could not be merged for several passes are looked at less often.
+    pub(crate) smart_scan: bool,
+}
+
+/// When a pass began.
+pub(crate) struct PassStart {
+    at: Instant<Monotonic>,
+    cpu: u64,
+}
+
+impl PassStart {
+    /// Now, in the thread that scans.
+    pub(crate) fn now() -> Self {
+        Self {
+            at: Instant::now(),
+            cpu: kthread::cpu_time(),
+        }
+    }
+
+    /// What the pass has taken so far. To be asked by the thread that began it.
+    pub(crate) fn spent(&self) -> Spent {
+        let nanosecs = kthread::cpu_time().saturating_sub(self.cpu);
+        Spent {
+            millisecs: u64::try_from(self.at.elapsed().as_millis()).unwrap_or(0),
+            cpu_millisecs: nanosecs / 1_000_000,
+        }
+    }
 }
 
 /// All that is known about pages.
@@ -60,6 +100,9 @@ pub(crate) struct Engine {
     pub(crate) unstable: UnstableTree,
     pub(crate) cursor: Cursor,
     pub(crate) batch: Batch,
+    /// When the pass began, or the last one if none is going on.
+    pub(crate) pass_start: PassStart,
+    pub(crate) advisor: Advisor,
     /// Stable nodes without a known mapping, to be dropped once their page is gone.
     pub(crate) orphans: KVVec<Id>,
     /// An orphan could not be noted for want of memory: all nodes must be looked at.
@@ -79,14 +122,16 @@ impl Engine {
         Ok(Self {
             empty: ContentHash::new(mm::page::hash_of_empty(&key)),
             key,
-            stats,
+            stats: stats.clone(),
             slots: Slots::new(),
             items: Arena::new(),
             rmaps: Arena::new(),
-            stable: StableTree::new()?,
+            stable: StableTree::new(stats)?,
             unstable: UnstableTree::new()?,
             cursor: Cursor::default(),
             batch: Batch::new()?,
+            pass_start: PassStart::now(),
+            advisor: Advisor::default(),
             orphans: KVVec::new(),
             orphan_missed: false,
             max_page_sharing: MAX_PAGE_SHARING,
@@ -141,7 +186,7 @@ impl Engine {
         self.forget_rmap(rmap);
         self.stable.set_full(node_id, full);
         if unused {
-            drop(self.stable.remove(node_id));
+            self.drop_node(node_id);
         } else if empty && self.orphans.push(node_id, GFP_KERNEL).is_err() {
             self.orphan_missed = true;
         }
@@ -149,6 +194,7 @@ impl Engine {
 
     /// Empties and drops a stable node whose page is gone. Sleeps.
     pub(crate) fn retire(&mut self, node_id: Id) {
+        let pfn = self.stable.node(node_id).map_or(0, StableNode::pfn);
         while let Some(node) = self.stable.node_mut(node_id) {
             let Some(owner) = node.first_owner() else {
                 break;
@@ -168,10 +214,18 @@ impl Engine {
             } else {
                 self.stats.pages_sharing.down();
             }
+            trace::remove_rmap_item(pfn, item.address_of(), item.mm());
             self.forget_rmap(rmap);
             mm::breathe();
         }
-        drop(self.stable.remove(node_id));
+        self.drop_node(node_id);
+    }
+
+    /// Drops a stable node that no mapping is listed at.
+    fn drop_node(&mut self, node_id: Id) {
+        if let Some(node) = self.stable.remove(node_id) {
+            trace::remove_ksm_page(node.pfn());
+        }
     }
 
     /// Drops the record of a mapping that is in no node's list any more; its item is idle then.
@@ -320,7 +374,7 @@ impl Engine {
                 return false;
             }
             drop(lock);
-            drop(self.stable.remove(id));
+            self.drop_node(id);
         } else {
             self.retire(id);
         }

@@ -206,6 +206,16 @@ impl Forest {
         (arena.get(id)?.key() == key).then_some(id)
     }
 
+    /// Returns how many records [`Forest::first_equal`] passes for the given key.
+    pub(crate) fn depth_of<T: Keyed>(&self, arena: &Arena<T>, key: u64) -> u32 {
+        let mut passed = 0u32;
+        self.root(self.slot(key)).partition_point(arena, |node| {
+            passed = passed.saturating_add(1);
+            node.key() < key
+        });
+        passed
+    }
+
     /// Returns the record after `id`, which must be in this forest, if it has the same key.
     pub(crate) fn next_equal<T: Keyed>(&self, arena: &Arena<T>, id: Id) -> Option<Id> {
         let key = arena.get(id)?.key();

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /* One-line wrappers of what Rust cannot call: inline functions, macros, unexported functions.  No logic. */
 
+#define CREATE_TRACE_POINTS
+#define CREATE_RUST_TRACE_POINTS
 #include "helpers.h"
 
 #define KSM_RS_BIND(name) \
@@ -210,15 +212,19 @@ void ksm_rs_put_anon_vma(struct anon_vma *anon_vma)
 
 void ksm_rs_notifier_range_start(struct mmu_notifier_range *range, struct mm_struct *mm, unsigned long start)
 {
+#ifdef CONFIG_MMU_NOTIFIER
 	mmu_notifier_range_init(range, MMU_NOTIFY_CLEAR, MMU_NOTIFIER_RANGE_BLOCKABLE, mm, start, start + PAGE_SIZE);
 	if (mm_has_notifiers(mm))
 		ksm_rs___mmu_notifier_invalidate_range_start(range);
+#endif
 }
 
 void ksm_rs_notifier_range_end(struct mmu_notifier_range *range)
 {
+#ifdef CONFIG_MMU_NOTIFIER
 	if (mm_has_notifiers(range->mm))
 		ksm_rs___mmu_notifier_invalidate_range_end(range);
+#endif
 }
 
 pmd_t ksm_rs_pmdp_get_lockless(pmd_t *pmdp)
@@ -325,6 +331,11 @@ pte_t ksm_rs_pte_mksoft_dirty(pte_t pte)
 	return pte_mksoft_dirty(pte);
 }
 
+unsigned long ksm_rs_zero_pfn(void)
+{
+	return page_to_pfn(ZERO_PAGE(0));
+}
+
 pte_t ksm_rs_mk_ksm_zero_pte(struct vm_area_struct *vma, unsigned long addr)
 {
 	return pte_mkdirty(pte_mkspecial(pfn_pte(page_to_pfn(ZERO_PAGE(addr)), vma->vm_page_prot)));
@@ -391,6 +402,11 @@ struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data)
 void ksm_rs_set_user_nice(long nice)
 {
 	set_user_nice(current, nice);
+}
+
+unsigned long long ksm_rs_cpu_time(void)
+{
+	return ksm_rs_task_sched_runtime(current);
 }
 
 bool ksm_rs_freezing(void)

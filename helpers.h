@@ -13,6 +13,7 @@
 #include <linux/kprobes.h>
 #include <linux/ksm.h>
 #include <linux/kthread.h>
+#include <linux/swap.h>
 #include <linux/leafops.h>
 #include <linux/memory.h>
 #include <linux/mm_inline.h>
@@ -20,14 +21,23 @@
 #include <linux/oom.h>
 #include <linux/pagewalk.h>
 #include <linux/rmap.h>
+#include <linux/sched/cputime.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
 #include <linux/static_call.h>
-#include <linux/swap.h>
 #include <linux/sysfs.h>
 #include <linux/tracepoint.h>
+#include <linux/version.h>
 #include <linux/wait.h>
+#include "ksm_rs_events.h"
+
+/* What older series call by other names, or do without; docs/kernel-series.md says where else they differ. */
+#if LINUX_VERSION_CODE < KERNEL_VERSION(7, 3, 0)
+#define linear_anon_page_index linear_page_index
+#define pte_uffd pte_uffd_wp
+#define pte_mkuffd pte_mkuffd_wp
+#endif
 
 /* Declared in mm/internal.h and mm/swap.h, which are no part of a kernel's header package. */
 pmd_t *mm_find_pmd(struct mm_struct *mm, unsigned long address);
@@ -62,9 +72,17 @@ void __put_anon_vma(struct anon_vma *anon_vma);
 	CALL(bool, folio_free_swap, (struct folio *folio), (folio)) \
 	VOID_CALL(__put_anon_vma, (struct anon_vma *anon_vma), (anon_vma)) \
 	VOID_CALL(lru_add_drain_all, (void), ()) \
-	CALL(int, __mmu_notifier_invalidate_range_start, (struct mmu_notifier_range *range), (range)) \
-	VOID_CALL(__mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range), (range)) \
+	CALL(unsigned long long, task_sched_runtime, (struct task_struct *task), (task)) \
+	KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL) \
 	KSM_RS_UNEXPORTED_THP(CALL)
+
+#ifdef CONFIG_MMU_NOTIFIER
+#define KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL) \
+	CALL(int, __mmu_notifier_invalidate_range_start, (struct mmu_notifier_range *range), (range)) \
+	VOID_CALL(__mmu_notifier_invalidate_range_end, (struct mmu_notifier_range *range), (range))
+#else
+#define KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL)
+#endif
 
 #ifdef CONFIG_TRANSPARENT_HUGEPAGE
 #define KSM_RS_UNEXPORTED_THP(CALL) \
@@ -147,6 +165,7 @@ bool ksm_rs_pte_uffd(pte_t pte);
 pte_t ksm_rs_pte_mkuffd(pte_t pte);
 bool ksm_rs_pte_soft_dirty(pte_t pte);
 pte_t ksm_rs_pte_mksoft_dirty(pte_t pte);
+unsigned long ksm_rs_zero_pfn(void);
 pte_t ksm_rs_mk_ksm_zero_pte(struct vm_area_struct *vma, unsigned long addr);
 void ksm_rs_count_zero_page(struct mm_struct *mm, atomic_long_t *all);
 long ksm_rs_atomic_long_read(const atomic_long_t *value);
@@ -162,6 +181,7 @@ void ksm_rs_task_lock(struct task_struct *task);
 void ksm_rs_task_unlock(struct task_struct *task);
 struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data);
 void ksm_rs_set_user_nice(long nice);
+unsigned long long ksm_rs_cpu_time(void);
 bool ksm_rs_freezing(void);
 void ksm_rs_cond_resched(void);
 void ksm_rs_init_waitqueue(struct wait_queue_head *queue);

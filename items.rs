@@ -20,8 +20,8 @@ use crate::{
 };
 use kernel::page::PAGE_SHIFT;
 
-/// Bits of a hash that are kept; the low ones make room for [`Planted`].
-const HASH_MASK: u64 = !0xffff;
+/// Bits of a hash that are kept; the low ones make room for [`Age`] and [`Planted`].
+const HASH_MASK: u64 = !0x3_ffff;
 
 /// Bits of a place that hold the page number; x86-64 with five levels has 56-bit user addresses.
 const PAGE_BITS: u32 = 44;
@@ -85,10 +85,42 @@ impl Pass {
     }
 }
 
+/// How many passes have looked at a page in vain, as far as smart scan wants to know: the longer, the more
+/// passes leave it out.
+///
+/// Stock counts an age and the passes still to be left out; but the one follows from the other, and from some age on
+/// it is always eight passes of nine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Age(u8);
+
+impl Age {
+    /// From here on every ninth pass looks.
+    const OLD: u8 = 13;
+    /// The last of the nine.
+    const OLDEST: u8 = 21;
+
+    /// Whether this pass should look at the page.
+    pub(crate) fn is_due(self) -> bool {
+        matches!(self.0, 0..=3 | 5 | 8 | Self::OLD)
+    }
+
+    /// One pass older.
+    pub(crate) fn next(self) -> Self {
+        Self(if self.0 >= Self::OLDEST {
+            Self::OLD
+        } else {
+            self.0.saturating_add(1)
+        })
+    }
+}
+
 /// Low bits of a word that hold the NUMA node; the kernel has at most 2^10.
 const NID_BITS: u32 = 10;
-/// What is left for the pass.
-const PASS_MASK: u64 = (1 << (16 - NID_BITS)) - 1;
+/// Bits above them that hold the pass.
+const PASS_MASK: u64 = (1 << 3) - 1;
+/// Where the age is, above both.
+const AGE_SHIFT: u32 = 13;
+const AGE_MASK: u64 = 0x1f << AGE_SHIFT;
 
 const TAG_IDLE: u64 = 0;
 const TAG_UNSTABLE: u64 = 1;
@@ -98,8 +130,8 @@ const TAG_MERGED: u64 = 2;
 ///
 /// # Invariants
 ///
-/// `place` is, from the top bit down: page number, slot, tag. `word` is, by tag: the hash, the pass and the NUMA node; or
-/// the id of the rmap record.
+/// `place` is, from the top bit down: page number, slot, tag. `word` is, by tag: the hash, the age, the pass and the NUMA
+/// node; or the id of the rmap record.
 #[derive(Default)]
 pub(crate) struct PageItem {
     links: Links,
@@ -163,6 +195,22 @@ impl PageItem {
         }
     }
 
+    /// How often the page has been looked at. That of a merged page is forgotten: it starts over.
+    pub(crate) fn age(&self) -> Age {
+        match self.place & 3 {
+            TAG_MERGED => Age::default(),
+            _ => Age(((self.word & AGE_MASK) >> AGE_SHIFT) as u8),
+        }
+    }
+
+    /// Makes the page one pass older, unless it is merged.
+    pub(crate) fn grow_older(&mut self) {
+        if self.place & 3 != TAG_MERGED {
+            let age = u64::from(self.age().next().0) << AGE_SHIFT;
+            self.word = self.word & !AGE_MASK | age;
+        }
+    }
+
     fn set(&mut self, tag: u64, word: u64) {
         self.place = self.place & !3 | tag;
         self.word = word;
@@ -170,14 +218,16 @@ impl PageItem {
 
     /// Out of all trees, with a hash to compare with on the next pass.
     pub(crate) fn set_idle(&mut self, hash: ContentHash) {
-        self.set(TAG_IDLE, hash.0);
+        let age = u64::from(self.age().0) << AGE_SHIFT;
+        self.set(TAG_IDLE, hash.0 | age);
     }
 
     /// In the unstable tree, with the hash that it has.
     pub(crate) fn set_unstable(&mut self, planted: Planted) {
         let nid = planted.nid as u64 & ((1 << NID_BITS) - 1);
         let pass = u64::from(planted.pass.0) << NID_BITS;
-        self.set(TAG_UNSTABLE, self.hash().0 | pass | nid);
+        let age = u64::from(self.age().0) << AGE_SHIFT;
+        self.set(TAG_UNSTABLE, self.hash().0 | age | pass | nid);
     }
 
     /// Merged, with its rmap record.

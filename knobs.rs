@@ -4,7 +4,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::parse;
+use crate::{
+    advisor::Limits,
+    parse, //
+};
 use kernel::{
     prelude::*,
     sync::atomic::{
@@ -16,6 +19,9 @@ use kernel::{
 
 /// Default of `max_page_sharing`.
 pub(crate) const MAX_PAGE_SHARING: u32 = 256;
+
+/// Default of `pages_to_scan` without an advisor.
+const PAGES_TO_SCAN: u32 = 100;
 
 /// What the thread does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,6 +79,35 @@ pub(crate) fn max_page_sharing(text: &CStr) -> Result<u32> {
     }
 }
 
+/// What `smart_scan` takes: what `kstrtobool()` does; `EINVAL` for all else.
+pub(crate) fn smart_scan(text: &CStr) -> Result<bool> {
+    parse::truth(text)
+}
+
+/// What `advisor_mode` takes: `none` or `scan-time`; `EINVAL` for all else. Whether the advisor is on.
+pub(crate) fn advisor_mode(text: &CStr) -> Result<bool> {
+    if parse::is_word(text, c"scan-time") {
+        Ok(true)
+    } else if parse::is_word(text, c"none") {
+        Ok(false)
+    } else {
+        Err(EINVAL)
+    }
+}
+
+/// What the advisor's limits take: any `unsigned long`; `EINVAL` for all else.
+pub(crate) fn any_ulong(text: &CStr) -> Result<u64> {
+    parse::ulong(text).map_err(|_| EINVAL)
+}
+
+/// What `advisor_target_scan_time` takes: an `unsigned long` from 1 up; `EINVAL` for all else.
+pub(crate) fn target_scan_time(text: &CStr) -> Result<u64> {
+    match any_ulong(text)? {
+        0 => Err(EINVAL),
+        seconds => Ok(seconds),
+    }
+}
+
 /// The knobs. Written by whoever writes the files, read by anybody.
 pub(crate) struct Knobs {
     run: Atomic<u32>,
@@ -81,6 +116,12 @@ pub(crate) struct Knobs {
     max_page_sharing: Atomic<u32>,
     use_zero_pages: AtomicFlag,
     prune_millisecs: Atomic<u32>,
+    smart_scan: AtomicFlag,
+    advisor: AtomicFlag,
+    advisor_max_cpu: Atomic<u32>,
+    advisor_min_pages: Atomic<u64>,
+    advisor_max_pages: Atomic<u64>,
+    advisor_target_scan_time: Atomic<u64>,
 }
 
 impl Knobs {
@@ -88,11 +129,17 @@ impl Knobs {
     pub(crate) const fn new() -> Self {
         Self {
             run: Atomic::new(Run::Stop as u32),
-            pages_to_scan: Atomic::new(100),
+            pages_to_scan: Atomic::new(PAGES_TO_SCAN),
             sleep_millisecs: Atomic::new(20),
             max_page_sharing: Atomic::new(MAX_PAGE_SHARING),
             use_zero_pages: AtomicFlag::new(false),
             prune_millisecs: Atomic::new(2000),
+            smart_scan: AtomicFlag::new(true),
+            advisor: AtomicFlag::new(false),
+            advisor_max_cpu: Atomic::new(70),
+            advisor_min_pages: Atomic::new(500),
+            advisor_max_pages: Atomic::new(30_000),
+            advisor_target_scan_time: Atomic::new(200),
         }
     }
 
@@ -136,8 +183,8 @@ impl Knobs {
         self.use_zero_pages.store(on, Relaxed);
     }
 
-    /// Milliseconds between two prunings of the copies of a KSM page, which we need not wait for: every search
-    /// drops the nodes without a page that it meets.
+    /// Milliseconds between two prunings of the copies of a KSM page. Kept for those who set it: a copy without
+    /// mappings goes with the last of them.
     pub(crate) fn prune_millisecs(&self) -> u32 {
         self.prune_millisecs.load(Relaxed)
     }
@@ -145,6 +192,82 @@ impl Knobs {
     /// Sets the milliseconds between two prunings.
     pub(crate) fn set_prune_millisecs(&self, millisecs: u32) {
         self.prune_millisecs.store(millisecs, Relaxed);
+    }
+
+    /// Whether pages that could not be merged for several passes are looked at less often.
+    pub(crate) fn smart_scan(&self) -> bool {
+        self.smart_scan.load(Relaxed)
+    }
+
+    /// Sets whether such pages are looked at less often.
+    pub(crate) fn set_smart_scan(&self, on: bool) {
+        self.smart_scan.store(on, Relaxed);
+    }
+
+    /// Whether the advisor sets `pages_to_scan`.
+    pub(crate) fn advisor(&self) -> bool {
+        self.advisor.load(Relaxed)
+    }
+
+    /// Sets whether the advisor sets `pages_to_scan`, which starts from that mode's default.
+    pub(crate) fn set_advisor(&self, on: bool) {
+        self.advisor.store(on, Relaxed);
+        self.set_pages_to_scan(if on {
+            // Cut off as stock does.
+            self.advisor_min_pages() as u32
+        } else {
+            PAGES_TO_SCAN
+        });
+    }
+
+    /// Most percent of a CPU for the advisor.
+    pub(crate) fn advisor_max_cpu(&self) -> u32 {
+        self.advisor_max_cpu.load(Relaxed)
+    }
+
+    /// Sets the most percent of a CPU for the advisor.
+    pub(crate) fn set_advisor_max_cpu(&self, percent: u32) {
+        self.advisor_max_cpu.store(percent, Relaxed);
+    }
+
+    /// Least `pages_to_scan` for the advisor.
+    pub(crate) fn advisor_min_pages(&self) -> u64 {
+        self.advisor_min_pages.load(Relaxed)
+    }
+
+    /// Sets the least `pages_to_scan` for the advisor.
+    pub(crate) fn set_advisor_min_pages(&self, pages: u64) {
+        self.advisor_min_pages.store(pages, Relaxed);
+    }
+
+    /// Most `pages_to_scan` for the advisor.
+    pub(crate) fn advisor_max_pages(&self) -> u64 {
+        self.advisor_max_pages.load(Relaxed)
+    }
+
+    /// Sets the most `pages_to_scan` for the advisor.
+    pub(crate) fn set_advisor_max_pages(&self, pages: u64) {
+        self.advisor_max_pages.store(pages, Relaxed);
+    }
+
+    /// Seconds that a pass should take, for the advisor.
+    pub(crate) fn advisor_target_scan_time(&self) -> u64 {
+        self.advisor_target_scan_time.load(Relaxed)
+    }
+
+    /// Sets the seconds that a pass should take.
+    pub(crate) fn set_advisor_target_scan_time(&self, seconds: u64) {
+        self.advisor_target_scan_time.store(seconds, Relaxed);
+    }
+
+    /// The advisor's limits, all together.
+    pub(crate) fn advisor_limits(&self) -> Limits {
+        Limits {
+            target_scan_time: self.advisor_target_scan_time(),
+            max_cpu: self.advisor_max_cpu(),
+            min_pages: self.advisor_min_pages(),
+            max_pages: self.advisor_max_pages(),
+        }
     }
 
     /// Most mappings of one KSM page.

@@ -29,6 +29,7 @@ use kernel::{
     sync::Arc, //
 };
 
+mod advisor;
 mod arena;
 mod btf;
 mod engine;
@@ -45,16 +46,21 @@ mod parse;
 mod rbtree;
 mod registry;
 mod scan;
+mod series;
 mod slots;
 mod stable_tree;
 mod stats;
 mod stock;
 mod symbols;
 mod sysfs;
+mod trace;
 mod tracepoints;
 mod unmerge;
 mod unstable_tree;
 
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/advisor.rs"]
+mod kunit_advisor;
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/arena.rs"]
 mod kunit_arena;
@@ -96,9 +102,9 @@ module! {
     description: "Kernel Samepage Merging in Rust",
     license: "GPL",
     params: {
-        drop_in: bool {
-            default: true,
-            description: "Put a symlink to /sys/kernel/mm/ksm_rs in the place of /sys/kernel/mm/ksm (default: yes)",
+        drop_in: u8 {
+            default: 1,
+            description: "1: put a symlink to /sys/kernel/mm/ksm_rs in the place of /sys/kernel/mm/ksm; 0: do not (default: 1)",
         },
         kallsyms_lookup_name: u64 {
             default: 0,
@@ -125,12 +131,20 @@ struct KsmRs {
 
 impl kernel::Module for KsmRs {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        let run = module_parameters::run.value();
+        let run = series::parameter(module_parameters::run.value());
         let run = Run::from_number(run).ok_or_else(|| {
             pr_err!("parameter run={run} makes no sense; wanted 0, 1 or 2\n");
             EINVAL
         })?;
-        let kallsyms = module_parameters::kallsyms_lookup_name.value();
+        let drop_in = match series::parameter(module_parameters::drop_in.value()) {
+            0 => false,
+            1 => true,
+            other => {
+                pr_err!("parameter drop_in={other} makes no sense; wanted 0 or 1\n");
+                return Err(EINVAL);
+            }
+        };
+        let kallsyms: u64 = series::parameter(module_parameters::kallsyms_lookup_name.value());
 
         let variables = symbols::resolve(kallsyms as usize)?;
         prove_layout(&variables)?;
@@ -157,7 +171,7 @@ impl kernel::Module for KsmRs {
         ksm.set_run(run)?;
         module.thread = Some(Thread::start(ksm.clone())?);
         let directory = Directory::create(&ksm.stock, ksm.clone())?;
-        if module_parameters::drop_in.value() {
+        if drop_in {
             module.symlink = Some(Symlink::to(&directory, &ksm.stock)?);
         }
         module.directory = Some(directory);

@@ -13,6 +13,7 @@ use crate::{
         Policy, //
     },
     knobs::{
+        self,
         Knobs,
         Run, //
     },
@@ -33,6 +34,7 @@ use crate::{
     scan::Progress,
     stats::Stats,
     stock::Stock,
+    trace,
     tracepoints, //
 };
 use kernel::{
@@ -119,7 +121,45 @@ impl Ksm {
     fn policy(&self) -> Policy {
         Policy {
             use_zero_pages: self.knobs.use_zero_pages(),
+            smart_scan: self.knobs.smart_scan(),
         }
+    }
+
+    /// Carries out a write of `text` to `pages_to_scan`. `Err(EINVAL)`: the advisor sets it, or it is no number.
+    pub(crate) fn set_pages_to_scan(&self, text: &CStr) -> Result {
+        if self.knobs.advisor() {
+            return Err(EINVAL);
+        }
+        self.knobs.set_pages_to_scan(knobs::any_uint(text)?);
+        Ok(())
+    }
+
+    /// Carries out a write to `advisor_mode`. Sleeps.
+    pub(crate) fn set_advisor(&self, on: bool) {
+        // The lock keeps a pass that ends now from giving advice that is out of date.
+        let mut guard = self.state.lock();
+        if self.knobs.advisor() != on {
+            guard.engine.advisor = Default::default();
+            self.knobs.set_advisor(on);
+        }
+    }
+
+    /// Lets the advisor, if it is on, draw its conclusions from the pass that has just ended.
+    fn advise(&self, engine: &mut Engine) {
+        if !self.knobs.advisor() {
+            return;
+        }
+        let advice = engine.advisor.advise(
+            engine.pass_start.spent(),
+            self.knobs.pages_to_scan(),
+            self.knobs.advisor_limits(),
+        );
+        self.knobs.set_pages_to_scan(advice.pages_to_scan);
+        trace::advisor(
+            advice.scan_time as i64,
+            advice.pages_to_scan as usize,
+            advice.cpu_percent,
+        );
     }
 
     /// Whether pages of different NUMA nodes are merged. Sleeps.
@@ -216,7 +256,9 @@ impl Ksm {
         }
         let mut guard = self.engine();
         guard.engine.drop_stable_nodes();
-        guard.engine.start_over();
+        if result.is_ok() {
+            guard.engine.start_over();
+        }
         result
     }
 
@@ -233,6 +275,7 @@ impl Ksm {
             let Some(space) = self.registry.adopt(slot) else {
                 break;
             };
+            trace::enter(space.key());
             slots.insert(slot, space);
         }
         Ok(())
@@ -243,6 +286,7 @@ impl Ksm {
         if let Some((key, slot)) = self.registry.next_dead() {
             if self.engine().engine.bury(slot, BATCH_PAGES) {
                 self.registry.forget(key);
+                trace::exit(key);
             }
         }
     }
@@ -256,6 +300,9 @@ impl Ksm {
             // Let go of after each batch: writers of knobs and memory hotplug wait for it.
             let mut guard = self.engine();
             let progress = guard.engine.scan(budget, self.policy(), pause);
+            if progress == Progress::PassDone {
+                self.advise(&mut guard.engine);
+            }
             drop(guard);
             match progress {
                 Progress::Pages(pages) => budget = budget.saturating_sub(pages),

@@ -86,6 +86,12 @@ pub(crate) fn should_stop() -> bool {
     unsafe { bindings::kthread_should_stop() }
 }
 
+/// CPU time that the current task has used, in nanoseconds. Any context.
+pub(crate) fn cpu_time() -> u64 {
+    // SAFETY: Bound at load before any use; concerns the current task only.
+    unsafe { bindings::ksm_rs_cpu_time() }
+}
+
 /// Whether the current task should leave its work for the freezer.
 pub(crate) fn freezing() -> bool {
     // SAFETY: Concerns the current task only.

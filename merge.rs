@@ -26,12 +26,14 @@ use crate::{
             StableNode, //
         },
         page::{
+            errno_of,
             KsmPage,
             NotMerged,
             PageRef, //
         },
         space::AddressSpace, //
-    }, //
+    },
+    trace, //
 };
 use kernel::prelude::*;
 
@@ -49,6 +51,8 @@ pub(crate) enum Seen {
     Merged(Id, usize),
     /// A KSM page that is not ours, or not yet.
     Foreign,
+    /// A page that smart scan leaves out this time.
+    Skipped,
 }
 
 /// How many pages of the same hash one page is compared with, at the most: more is wasted on pages that change,
@@ -95,10 +99,16 @@ impl Engine {
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
                 self.unshare(id);
             }
+            Seen::Skipped => {}
         }
     }
 
     fn consider_page(&mut self, id: Id, hash: ContentHash, nid: usize, policy: Policy) {
+        if policy.smart_scan {
+            if let Some(item) = self.items.get_mut(id) {
+                item.grow_older();
+            }
+        }
         // Not a KSM page, so the item's place in a tree, if it has one, is history.
         self.detach(id);
         let Some(item) = self.items.get_mut(id) else {
@@ -111,11 +121,16 @@ impl Engine {
         }
         if policy.use_zero_pages && hash == self.empty {
             // A mapping that is gone needs nothing more; otherwise an empty page is a page like others.
-            if let Ok(()) | Err(NotMerged::Gone) = self.map_zero_page(id) {
+            let mapped = self.map_zero_page(id);
+            if let Some(space) = self.space_of(id) {
+                trace::merge_one_page(mm::zero::pfn(), 0, space.key(), errno_of(&mapped));
+            }
+            if let Ok(()) | Err(NotMerged::Gone) = mapped {
                 return;
             }
         }
         let nid = self.forest_of(nid);
+        self.trace_lookups(hash, nid);
         if let Found::Done = self.merge_with_stable(id, hash, nid) {
             return;
         }
@@ -123,6 +138,20 @@ impl Engine {
             return;
         }
         self.unstable.insert(&mut self.items, id, nid, &self.stats);
+    }
+
+    fn trace_lookups(&self, hash: ContentHash, nid: usize) {
+        if !trace::lookup_is_on() {
+            return;
+        }
+        let found = self.stable.first_equal(nid, hash).is_some();
+        let depth = self.stable.depth_of(nid, hash);
+        trace::lookup(true, nid as i32, depth, found);
+        if !found {
+            let found = self.unstable.first_equal(&self.items, nid, hash).is_some();
+            let depth = self.unstable.depth_of(&self.items, nid, hash);
+            trace::lookup(false, nid as i32, depth, found);
+        }
     }
 
     /// A mapping of a merged page: known already, or made by a fork, which does not ask for any limit.
@@ -200,6 +229,24 @@ impl Engine {
 
     /// Maps `kpage` in the place of the item's page, if they are equal. Sleeps.
     fn map_in_place(
+        &self,
+        id: Id,
+        kpage: &KsmPage,
+        rmap: &mut MergedRmap,
+    ) -> Result<(), NotMerged> {
+        let mapped = self.try_map_in_place(id, kpage, rmap);
+        let (item, err) = (&rmap.item, errno_of(&mapped));
+        trace::merge_with_ksm_page(
+            kpage.address_of(),
+            kpage.pfn(),
+            item.address_of(),
+            item.mm(),
+            err,
+        );
+        mapped
+    }
+
+    fn try_map_in_place(
         &self,
         id: Id,
         kpage: &KsmPage,
@@ -386,7 +433,10 @@ impl Engine {
         let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
         let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
         let lock = page.try_lock().ok_or(NotMerged::Busy)?;
-        let page = vma.make_ksm(address, &lock)?;
+        let made = vma.make_ksm(address, &lock);
+        let (item, err) = (&rmap.item, errno_of(&made));
+        trace::merge_with_ksm_page(0, page.pfn(), item.address_of(), item.mm(), err);
+        let page = made?;
         rmap.item.bind(&vma);
         Ok(page)
     }
@@ -419,6 +469,10 @@ impl Engine {
         let entered = space.enter()?;
         let locked = entered.lock();
         locked.mergeable_at(address)?.page_at(address)
+    }
+
+    fn space_of(&self, id: Id) -> Option<&AddressSpace> {
+        Some(self.place_of(id)?.0)
     }
 
     fn place_of(&self, id: Id) -> Option<(&AddressSpace, usize)> {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Numbers in text, by the kernel's own `kstrto*()`: what the stock KSM accepts, we accept.
+//! Numbers and words in text, by the kernel's own `kstrto*()` and `sysfs_streq()`: what the stock KSM accepts, we accept.
 
 use crate::mm::bindings;
 use kernel::{error::to_result, prelude::*};
@@ -39,4 +39,10 @@ pub(crate) fn truth(text: &CStr) -> Result<bool> {
     // SAFETY: A C string and a place for the result.
     to_result(unsafe { bindings::kstrtobool(text.as_char_ptr(), &mut value) })?;
     Ok(value)
+}
+
+/// Whether the text is `word`, perhaps with a newline behind.
+pub(crate) fn is_word(text: &CStr, word: &CStr) -> bool {
+    // SAFETY: Two C strings.
+    unsafe { bindings::sysfs_streq(text.as_char_ptr(), word.as_char_ptr()) }
 }

@@ -13,9 +13,13 @@ use crate::{
     engine::{
         record_flags,
         Engine,
+        PassStart,
         Policy, //
     },
-    items::PageItem,
+    items::{
+        PageItem,
+        State, //
+    },
     merge::Seen,
     mm::{
         self,
@@ -24,7 +28,8 @@ use crate::{
             BATCH_PAGES, //
         }, //
     },
-    registry::SlotId, //
+    registry::SlotId,
+    trace, //
 };
 use kernel::{
     page::PAGE_SIZE,
@@ -101,6 +106,9 @@ pub(crate) struct Batch {
     seen: KVec<(usize, Seen)>,
 }
 
+/// How many pages one call of [`Engine::scan`] finds at the most, those that smart scan leaves out included.
+const MOST_FOUND: usize = 4 * BATCH_PAGES;
+
 impl Batch {
     /// An empty batch. Sleeps.
     pub(crate) fn new() -> Result<Self> {
@@ -144,6 +152,7 @@ impl Engine {
         pause: impl Fn() -> bool,
     ) -> Progress {
         let mut left = budget.min(BATCH_PAGES);
+        let mut found = 0usize;
         // Page tables and address spaces without pages cost time too.
         for _ in 0..BATCH_PAGES {
             let Some(slot) = self.current_slot() else {
@@ -154,8 +163,9 @@ impl Engine {
                     Progress::Nothing
                 };
             };
-            match self.gather(slot, left) {
+            match self.gather(slot, left, policy) {
                 Gathered::Pages(resume) => {
+                    found = found.saturating_add(self.batch.seen.len());
                     left = left.saturating_sub(self.decide(slot, policy, &pause));
                     let paused = !self.batch.seen.is_empty();
                     self.batch.seen.clear();
@@ -186,7 +196,7 @@ impl Engine {
                     }
                 }
             }
-            if left == 0 || pause() {
+            if left == 0 || found >= MOST_FOUND || pause() {
                 break;
             }
         }
@@ -214,13 +224,21 @@ impl Engine {
     fn start_pass(&mut self) {
         // Pages that wait in a per-CPU cache to get on an LRU list have a reference too many to be merged, and may
         // wait there for long.
+        self.pass_start = PassStart::now();
+        trace::start_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         mm::drain_lru_caches();
         self.unstable.clear();
+    }
+
+    /// For events, cut off as stock does.
+    fn pass_number(&self) -> i32 {
+        self.stats.full_scans.get() as i32
     }
 
     fn finish_pass(&mut self) {
         self.cursor = Cursor::default();
         self.sweep_orphans();
+        trace::stop_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         self.stats.full_scans.up();
     }
 
@@ -237,7 +255,7 @@ impl Engine {
     }
 
     /// Fills the batch with what is seen from the cursor on.
-    fn gather(&mut self, slot: SlotId, limit: usize) -> Gathered {
+    fn gather(&mut self, slot: SlotId, limit: usize, policy: Policy) -> Gathered {
         let Some(entered) = self.slots.get(slot).and_then(|slot| slot.space.enter()) else {
             return Gathered::Exiting;
         };
@@ -259,17 +277,39 @@ impl Engine {
         drop(locked);
         drop(entered);
 
-        self.batch.seen.clear();
+        let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
+        seen.clear();
+        let mut at = self.behind(slot, self.cursor.last());
         for page in found.iter() {
+            while self
+                .items
+                .get(at)
+                .is_some_and(|item| item.address() < page.address)
+            {
+                at = self.items.get(at).map_or(Id::NIL, PageItem::next);
+            }
+            let what = if policy.smart_scan && self.leave_out(at, page) {
+                Seen::Skipped
+            } else {
+                self.see(&page.page)
+            };
             // There is room for as many as were found.
-            let _ = self
-                .batch
-                .seen
-                .push_within_capacity((page.address, self.see(&page.page)));
+            let _ = seen.push_within_capacity((page.address, what));
         }
         found.clear();
         self.batch.found = found;
+        self.batch.seen = seen;
         gathered
+    }
+
+    /// Whether smart scan leaves out a page: one that could not be merged for several passes, unless it is due
+    /// again. `at` is the item behind the last page.
+    fn leave_out(&self, at: Id, page: &Found) -> bool {
+        self.items.get(at).is_some_and(|item| {
+            item.address() == page.address
+                && !matches!(item.state(), State::Merged(_))
+                && !item.age().is_due()
+        }) && !page.page.is_ksm()
     }
 
     /// Decides on the pages of the batch, in order; leaves an empty one unless it was paused. Returns how many
@@ -277,6 +317,7 @@ impl Engine {
     fn decide(&mut self, slot: SlotId, policy: Policy, pause: &impl Fn() -> bool) -> usize {
         let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
         let mut pages = 0usize;
+        let mut skipped = 0usize;
         let mut paused = false;
         for (address, what) in seen.iter() {
             if pause() || !self.free_items_before(slot, *address) {
@@ -286,6 +327,12 @@ impl Engine {
             match self.item_at(slot, *address) {
                 Some(id) => {
                     self.cursor.step(*address, id);
+                    if let Seen::Skipped = what {
+                        // No work: it is not charged to the budget.
+                        self.skip_page(id);
+                        skipped = skipped.saturating_add(1);
+                        continue;
+                    }
                     self.consider(id, *what, policy);
                     self.stats.pages_scanned.up();
                 }
@@ -294,11 +341,25 @@ impl Engine {
             pages = pages.saturating_add(1);
             mm::breathe();
         }
+        if trace::batch_is_on() {
+            if let (Some(slot), Some((first, _))) = (self.slots.get(slot), seen.first()) {
+                let all = pages.saturating_add(skipped) as u32;
+                trace::batch(slot.space.key(), *first, all, skipped as u32);
+            }
+        }
         if !paused {
             seen.clear();
         }
         self.batch.seen = seen;
         pages
+    }
+
+    fn skip_page(&mut self, id: Id) {
+        self.detach(id);
+        if let Some(item) = self.items.get_mut(id) {
+            item.grow_older();
+        }
+        self.stats.pages_skipped.up();
     }
 
     /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them

@@ -27,11 +27,13 @@ use crate::{
     rbtree::{
         Links,
         Node, //
-    }, //
+    },
+    stats::Stats, //
 };
 use kernel::{
     alloc::AllocError,
-    prelude::*, //
+    prelude::*,
+    sync::Arc, //
 };
 
 /// In a key: the node is full. Such nodes stand behind those of the same hash that are not, so that however
@@ -74,14 +76,17 @@ pub(crate) struct StableTree {
     entries: Arena<StableEntry>,
     /// One for each NUMA node; only the first is used if pages merge across nodes.
     forests: KVec<Forest>,
+    /// Where nodes with the same contents are counted.
+    stats: Arc<Stats>,
 }
 
 impl StableTree {
     /// An empty tree. Sleeps.
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new(stats: Arc<Stats>) -> Result<Self> {
         Ok(Self {
             entries: Arena::new(),
             forests: forest_per_node()?,
+            stats,
         })
     }
 
@@ -109,9 +114,7 @@ impl StableTree {
             entry.key = hash.key();
             entry.nid = nid as u32;
         }
-        if let Some(forest) = self.forests.get_mut(nid) {
-            forest.insert(&mut self.entries, id);
-        }
+        self.root(id);
     }
 
     /// Takes a node out for good, whether planted or only prepared. The caller drops it.
@@ -120,14 +123,61 @@ impl StableTree {
         self.entries.remove(id)?.node
     }
 
-    fn uproot(&mut self, id: Id) {
-        if let Some(entry) = self.entries.get(id) {
-            if entry.links.is_linked() {
-                if let Some(forest) = self.forests.get_mut(entry.nid as usize) {
-                    forest.remove(&mut self.entries, id);
-                }
-            }
+    /// Puts a node into its forest, and counts it if it is not the only one for its contents.
+    fn root(&mut self, id: Id) {
+        let Some((nid, key)) = self
+            .entries
+            .get(id)
+            .map(|entry| (entry.nid as usize, entry.key))
+        else {
+            return;
+        };
+        if let Some(forest) = self.forests.get_mut(nid) {
+            forest.insert(&mut self.entries, id);
         }
+        match self.copies(nid, key) {
+            0 | 1 => {}
+            2 => {
+                self.stats.stable_node_chains.up();
+                self.stats.stable_node_dups.add(2);
+            }
+            _ => self.stats.stable_node_dups.up(),
+        }
+    }
+
+    /// Takes a node out of its forest, if it is in one.
+    fn uproot(&mut self, id: Id) {
+        let Some(entry) = self.entries.get(id) else {
+            return;
+        };
+        if !entry.links.is_linked() {
+            return;
+        }
+        let nid = entry.nid as usize;
+        match self.copies(nid, entry.key) {
+            0 | 1 => {}
+            2 => {
+                self.stats.stable_node_chains.down();
+                self.stats.stable_node_dups.subtract(2);
+            }
+            _ => self.stats.stable_node_dups.down(),
+        }
+        if let Some(forest) = self.forests.get_mut(nid) {
+            forest.remove(&mut self.entries, id);
+        }
+    }
+
+    /// How many nodes there are for the contents of `key` in the forest of `nid`, full or not; counts to three.
+    fn copies(&self, nid: usize, key: u64) -> usize {
+        let Some(forest) = self.forests.get(nid) else {
+            return 0;
+        };
+        let from = |key| forest.first_equal(&self.entries, key);
+        let all =
+            |key| core::iter::successors(from(key), |id| forest.next_equal(&self.entries, *id));
+        Iterator::chain(all(key & !FULL), all(key | FULL))
+            .take(3)
+            .count()
     }
 
     /// Says whether a node has as many mappings as it may have. One that has is not found by its hash.
@@ -138,14 +188,14 @@ impl StableTree {
         if (entry.key & FULL != 0) == full || !entry.links.is_linked() {
             return;
         }
-        let nid = entry.nid as usize;
-        self.uproot(id);
+        let Some(forest) = self.forests.get_mut(entry.nid as usize) else {
+            return;
+        };
+        forest.remove(&mut self.entries, id);
         if let Some(entry) = self.entries.get_mut(id) {
             entry.key ^= FULL;
         }
-        if let Some(forest) = self.forests.get_mut(nid) {
-            forest.insert(&mut self.entries, id);
-        }
+        forest.insert(&mut self.entries, id);
     }
 
     /// Moves a node to the forest of another NUMA node, as its page has moved there.
@@ -154,9 +204,7 @@ impl StableTree {
         if let Some(entry) = self.entries.get_mut(id) {
             entry.nid = nid as u32;
         }
-        if let Some(forest) = self.forests.get_mut(nid) {
-            forest.insert(&mut self.entries, id);
-        }
+        self.root(id);
     }
 
     /// The node with an id.
@@ -179,6 +227,13 @@ impl StableTree {
         self.forests
             .get(nid)?
             .first_equal(&self.entries, hash.key())
+    }
+
+    /// How many nodes a search for a hash passes.
+    pub(crate) fn depth_of(&self, nid: usize, hash: ContentHash) -> u32 {
+        self.forests
+            .get(nid)
+            .map_or(0, |forest| forest.depth_of(&self.entries, hash.key()))
     }
 
     /// The next node with the same hash.

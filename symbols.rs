@@ -44,7 +44,10 @@ const FUNCTIONS: &[Function] = functions! {
     folio_free_swap => ksm_rs_bind_folio_free_swap,
     __put_anon_vma => ksm_rs_bind___put_anon_vma,
     lru_add_drain_all => ksm_rs_bind_lru_add_drain_all,
+    task_sched_runtime => ksm_rs_bind_task_sched_runtime,
+    #[cfg(CONFIG_MMU_NOTIFIER)]
     __mmu_notifier_invalidate_range_start => ksm_rs_bind___mmu_notifier_invalidate_range_start,
+    #[cfg(CONFIG_MMU_NOTIFIER)]
     __mmu_notifier_invalidate_range_end => ksm_rs_bind___mmu_notifier_invalidate_range_end,
     #[cfg(CONFIG_TRANSPARENT_HUGEPAGE)]
     vm_normal_page_pmd => ksm_rs_bind_vm_normal_page_pmd,

@@ -10,6 +10,7 @@ use crate::{
         bindings,
         zero, //
     },
+    series::set_callbacks,
     stock::Stock, //
 };
 use core::ptr::NonNull;
@@ -41,9 +42,56 @@ trait File {
     /// Whether root may write to it.
     const WRITABLE: bool;
     /// The value that it shows.
-    fn show(ksm: &Ksm) -> u64;
+    fn show(ksm: &Ksm) -> Shown;
     /// Carries out a write of `text`.
     fn store(ksm: &Ksm, text: &CStr) -> Result;
+}
+
+/// What a file shows, with a newline behind.
+enum Shown {
+    Unsigned(u64),
+    Signed(i64),
+    Text(&'static CStr),
+}
+
+impl From<bool> for Shown {
+    fn from(truth: bool) -> Self {
+        Self::Unsigned(truth.into())
+    }
+}
+
+impl From<u32> for Shown {
+    fn from(number: u32) -> Self {
+        Self::Unsigned(number.into())
+    }
+}
+
+impl From<u64> for Shown {
+    fn from(number: u64) -> Self {
+        Self::Unsigned(number)
+    }
+}
+
+impl From<usize> for Shown {
+    fn from(number: usize) -> Self {
+        Self::Unsigned(number as u64)
+    }
+}
+
+impl From<i64> for Shown {
+    fn from(number: i64) -> Self {
+        Self::Signed(number)
+    }
+}
+
+impl From<&'static CStr> for Shown {
+    fn from(text: &'static CStr) -> Self {
+        Self::Text(text)
+    }
+}
+
+fn show_as<T: Into<Shown>>(ksm: &Ksm, show: fn(&Ksm) -> T) -> Shown {
+    show(ksm).into()
 }
 
 /// Makes the type of a file, from how it is shown and, if it is writable, stored.
@@ -61,9 +109,8 @@ macro_rules! file {
             const NAME: &'static CStr = $name;
             const WRITABLE: bool = $writable;
 
-            fn show(ksm: &Ksm) -> u64 {
-                let show: fn(&Ksm) -> u64 = $show;
-                show(ksm)
+            fn show(ksm: &Ksm) -> Shown {
+                show_as(ksm, $show)
             }
 
             fn store(ksm: &Ksm, text: &CStr) -> Result {
@@ -77,44 +124,42 @@ macro_rules! file {
 file!(
     RunFile,
     c"run",
-    |ksm| ksm.knobs.run() as u64,
+    |ksm| ksm.knobs.run() as u32,
     |ksm, text| ksm.set_run(knobs::run(text)?)
 );
 file!(
     PagesToScan,
     c"pages_to_scan",
-    |ksm| ksm.knobs.pages_to_scan().into(),
-    |ksm, text| {
-        ksm.knobs.set_pages_to_scan(knobs::any_uint(text)?);
-        Ok(())
-    }
+    |ksm| ksm.knobs.pages_to_scan(),
+    |ksm, text| ksm.set_pages_to_scan(text)
 );
 file!(
     SleepMillisecs,
     c"sleep_millisecs",
-    |ksm| ksm.knobs.sleep_millisecs().into(),
+    |ksm| ksm.knobs.sleep_millisecs(),
     |ksm, text| {
         ksm.knobs.set_sleep_millisecs(knobs::any_uint(text)?);
         ksm.registry.bell().ring();
         Ok(())
     }
 );
+#[cfg(CONFIG_NUMA)]
 file!(
     MergeAcrossNodes,
     c"merge_across_nodes",
-    |ksm| ksm.merge_across_nodes().into(),
+    |ksm| ksm.merge_across_nodes(),
     |ksm, text| ksm.set_merge_across_nodes(knobs::merge_across_nodes(text)?)
 );
 file!(
     MaxPageSharing,
     c"max_page_sharing",
-    |ksm| ksm.knobs.max_page_sharing().into(),
+    |ksm| ksm.knobs.max_page_sharing(),
     |ksm, text| ksm.set_max_page_sharing(knobs::max_page_sharing(text)?)
 );
 file!(
     UseZeroPages,
     c"use_zero_pages",
-    |ksm| ksm.knobs.use_zero_pages().into(),
+    |ksm| ksm.knobs.use_zero_pages(),
     |ksm, text| {
         ksm.knobs.set_use_zero_pages(knobs::use_zero_pages(text)?);
         Ok(())
@@ -123,45 +168,106 @@ file!(
 file!(
     PruneMillisecs,
     c"stable_node_chains_prune_millisecs",
-    |ksm| ksm.knobs.prune_millisecs().into(),
+    |ksm| ksm.knobs.prune_millisecs(),
     |ksm, text| {
         ksm.knobs.set_prune_millisecs(knobs::any_uint(text)?);
         Ok(())
     }
 );
-file!(KsmZeroPages, c"ksm_zero_pages", |_| zero::count() as u64);
 file!(
-    PagesShared,
-    c"pages_shared",
-    |ksm| ksm.stats.pages_shared.get() as u64
+    SmartScan,
+    c"smart_scan",
+    |ksm| ksm.knobs.smart_scan(),
+    |ksm, text| {
+        ksm.knobs.set_smart_scan(knobs::smart_scan(text)?);
+        Ok(())
+    }
 );
 file!(
-    PagesSharing,
-    c"pages_sharing",
-    |ksm| ksm.stats.pages_sharing.get() as u64
+    AdvisorMode,
+    c"advisor_mode",
+    |ksm| if ksm.knobs.advisor() {
+        c"none [scan-time]"
+    } else {
+        c"[none] scan-time"
+    },
+    |ksm, text| {
+        ksm.set_advisor(knobs::advisor_mode(text)?);
+        Ok(())
+    }
 );
 file!(
-    PagesUnshared,
-    c"pages_unshared",
-    |ksm| ksm.stats.pages_unshared.get() as u64
+    AdvisorMaxCpu,
+    c"advisor_max_cpu",
+    |ksm| ksm.knobs.advisor_max_cpu(),
+    |ksm, text| {
+        // Cut off as stock does.
+        ksm.knobs
+            .set_advisor_max_cpu(knobs::any_ulong(text)? as u32);
+        Ok(())
+    }
 );
 file!(
-    PagesVolatile,
-    c"pages_volatile",
-    |ksm| ksm.stats.pages_volatile() as u64
+    AdvisorMinPages,
+    c"advisor_min_pages_to_scan",
+    |ksm| ksm.knobs.advisor_min_pages(),
+    |ksm, text| {
+        ksm.knobs.set_advisor_min_pages(knobs::any_ulong(text)?);
+        Ok(())
+    }
 );
 file!(
-    PagesScanned,
-    c"pages_scanned",
-    |ksm| ksm.stats.pages_scanned.get() as u64
+    AdvisorMaxPages,
+    c"advisor_max_pages_to_scan",
+    |ksm| ksm.knobs.advisor_max_pages(),
+    |ksm, text| {
+        ksm.knobs.set_advisor_max_pages(knobs::any_ulong(text)?);
+        Ok(())
+    }
 );
-file!(FullScans, c"full_scans", |ksm| ksm.stats.full_scans.get()
-    as u64);
 file!(
-    AllocFailures,
-    c"alloc_failures",
-    |ksm| ksm.stats.alloc_failures.get() as u64
+    AdvisorTarget,
+    c"advisor_target_scan_time",
+    |ksm| ksm.knobs.advisor_target_scan_time(),
+    |ksm, text| {
+        ksm.knobs
+            .set_advisor_target_scan_time(knobs::target_scan_time(text)?);
+        Ok(())
+    }
 );
+// Stock takes the count for a signed number, though it never is negative.
+file!(KsmZeroPages, c"ksm_zero_pages", |_| zero::count() as i64);
+file!(GeneralProfit, c"general_profit", |ksm| {
+    ksm.stats.general_profit(zero::count())
+});
+file!(PagesShared, c"pages_shared", |ksm| {
+    ksm.stats.pages_shared.get()
+});
+file!(PagesSharing, c"pages_sharing", |ksm| {
+    ksm.stats.pages_sharing.get()
+});
+file!(PagesUnshared, c"pages_unshared", |ksm| {
+    ksm.stats.pages_unshared.get()
+});
+file!(PagesVolatile, c"pages_volatile", |ksm| {
+    ksm.stats.pages_volatile()
+});
+file!(PagesScanned, c"pages_scanned", |ksm| {
+    ksm.stats.pages_scanned.get()
+});
+file!(PagesSkipped, c"pages_skipped", |ksm| {
+    ksm.stats.pages_skipped.get()
+});
+file!(FullScans, c"full_scans", |ksm| ksm.stats.full_scans.get());
+file!(StableNodeChains, c"stable_node_chains", |ksm| {
+    ksm.stats.stable_node_chains.get()
+});
+file!(StableNodeDups, c"stable_node_dups", |ksm| {
+    ksm.stats.stable_node_dups.get()
+});
+file!(AllocFailures, c"alloc_failures", |ksm| {
+    ksm.stats.alloc_failures.get()
+});
 
 /// A `kobj_attribute` in a static.
 #[repr(transparent)]
@@ -180,19 +286,20 @@ const fn attribute<F: File>() -> Attribute {
     // SAFETY: All zero is a valid `kobj_attribute`: null pointers, no callbacks.
     let mut attribute: bindings::kobj_attribute = unsafe { core::mem::zeroed() };
     attribute.attr.name = kernel::str::as_char_ptr_in_const_context(F::NAME);
-    attribute.attr.mode = 0o444;
-    attribute.__bindgen_anon_1.show = Some(show::<F>);
     if F::WRITABLE {
         attribute.attr.mode = 0o644;
-        attribute.__bindgen_anon_2.store = Some(store::<F>);
+        set_callbacks!(attribute, show::<F>, Some(store::<F>));
+    } else {
+        attribute.attr.mode = 0o444;
+        set_callbacks!(attribute, show::<F>, None);
     }
     Attribute(attribute)
 }
 
 macro_rules! files {
-    ($($file:ident),+ $(,)?) => {
-        static LIST: List<{ [$(stringify!($file)),+].len() + 1 }> = List([
-            $({
+    ($($(#[$attribute:meta])* $file:ident),+ $(,)?) => {
+        static LIST: List<{ [$($(#[$attribute])* stringify!($file)),+].len() + 1 }> = List([
+            $($(#[$attribute])* {
                 static ATTRIBUTE: Attribute = attribute::<$file>();
                 &raw const ATTRIBUTE.0.attr
             },)+
@@ -205,17 +312,28 @@ files!(
     RunFile,
     PagesToScan,
     SleepMillisecs,
+    #[cfg(CONFIG_NUMA)]
     MergeAcrossNodes,
     MaxPageSharing,
     UseZeroPages,
     PruneMillisecs,
+    SmartScan,
+    AdvisorMode,
+    AdvisorMaxCpu,
+    AdvisorMinPages,
+    AdvisorMaxPages,
+    AdvisorTarget,
     KsmZeroPages,
+    GeneralProfit,
     PagesShared,
     PagesSharing,
     PagesUnshared,
     PagesVolatile,
     PagesScanned,
+    PagesSkipped,
     FullScans,
+    StableNodeChains,
+    StableNodeDups,
     AllocFailures,
 );
 
@@ -230,8 +348,20 @@ unsafe extern "C" fn show<F: File>(
     buffer: *mut ffi::c_char,
 ) -> isize {
     with(|ksm| {
-        // SAFETY: sysfs passes a buffer of a page; the format wants one `unsigned long long`.
-        let length = unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), F::show(ksm)) };
+        // SAFETY: sysfs passes a buffer of a page; each format wants the one argument that follows it.
+        let length = unsafe {
+            match F::show(ksm) {
+                Shown::Unsigned(number) => {
+                    bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), number)
+                }
+                Shown::Signed(number) => {
+                    bindings::sysfs_emit(buffer, c"%lld\n".as_char_ptr(), number)
+                }
+                Shown::Text(text) => {
+                    bindings::sysfs_emit(buffer, c"%s\n".as_char_ptr(), text.as_char_ptr())
+                }
+            }
+        };
         isize::try_from(length).map_err(|_| EIO)
     })
 }

@@ -103,6 +103,13 @@ impl UnstableTree {
         self.forests.get(nid)?.first_equal(items, hash.key())
     }
 
+    /// How many items a search for a hash passes.
+    pub(crate) fn depth_of(&self, items: &Arena<PageItem>, nid: usize, hash: ContentHash) -> u32 {
+        self.forests
+            .get(nid)
+            .map_or(0, |forest| forest.depth_of(items, hash.key()))
+    }
+
     /// The next item with the same hash.
     pub(crate) fn next_equal(&self, items: &Arena<PageItem>, nid: usize, id: Id) -> Option<Id> {
         self.forests.get(nid)?.next_equal(items, id)

@@ -25,7 +25,8 @@ use crate::{
     layout::{
         Wanted,
         WantedSize, //
-    }, //
+    },
+    series::smp_rmb, //
 };
 use core::{cell::UnsafeCell, mem::offset_of, ptr::NonNull};
 use kernel::{
@@ -34,16 +35,10 @@ use kernel::{
         Flags, //
     },
     prelude::*,
-    sync::{
-        atomic::{
-            Atomic,
-            AtomicFlag,
-            Relaxed, //
-        },
-        barrier::{
-            smp_mb,
-            Read, //
-        }, //
+    sync::atomic::{
+        Atomic,
+        AtomicFlag,
+        Relaxed, //
     }, //
 };
 
@@ -77,6 +72,11 @@ struct RawItem {
     hlist: bindings::hlist_node,
 }
 
+/// Slab bytes of an [`RmapItem`].
+pub(crate) const ITEM_BYTES: usize = size_of::<RawItem>();
+/// Slab bytes of a [`StableNode`].
+pub(crate) const NODE_BYTES: usize = size_of::<RawNode>();
+
 macro_rules! wanted {
     ($structure:literal: $($raw:ident.$field:ident),+ $(,)?) => {
         [$(Wanted { structure: $structure, field: stringify!($field), offset: offset_of!($raw, $field) }),+]
@@ -84,8 +84,14 @@ macro_rules! wanted {
 }
 
 const WANTED_NODE: [Wanted; 2] = wanted!("ksm_stable_node": RawNode.hlist, RawNode.kpfn);
+#[cfg(linux_7_3)]
 const WANTED_ITEM: [Wanted; 5] = wanted!(
     "ksm_rmap_item": RawItem.anon_vma, RawItem.mm, RawItem.address, RawItem.linear_page_index, RawItem.hlist
+);
+/// Before Linux 7.3 the core looked at all of an anon_vma: the page's index is ours alone there, and harms nobody.
+#[cfg(not(linux_7_3))]
+const WANTED_ITEM: [Wanted; 4] = wanted!(
+    "ksm_rmap_item": RawItem.anon_vma, RawItem.mm, RawItem.address, RawItem.hlist
 );
 
 /// The fields that the core reads, and where our structures have them.
@@ -164,7 +170,8 @@ impl StableNode {
         self.raw.as_ptr() as usize | MAPPING_KSM
     }
 
-    fn kpfn(&self) -> usize {
+    /// Frame number of its page, as the core last said; 0 before it had one.
+    pub(crate) fn pfn(&self) -> usize {
         // SAFETY: The raw node is ours and `kpfn` is atomic.
         unsafe { &(*self.raw()).kpfn }.load(Relaxed)
     }
@@ -237,7 +244,7 @@ impl StableNode {
     /// node as long as, and only when, the frame holds the node's page.
     fn find(&mut self) -> Option<PageRef> {
         loop {
-            let pfn = self.kpfn();
+            let pfn = self.pfn();
             // SAFETY: The frame belonged to our page, so it has a `struct page`: no node is looked at while memory
             // goes offline, and those of frames that are gone are dropped before the next look (`hotplug.rs`).
             // Taking a reference by `folio_try_get()` is safe on any frame.
@@ -262,8 +269,8 @@ impl StableNode {
             }
             // `folio_migrate_ksm()` writes `kpfn` before it clears the old folio's mapping: read in the opposite
             // order, a page that moved is seen at its new frame.
-            smp_mb(Read);
-            if self.kpfn() == pfn {
+            smp_rmb();
+            if self.pfn() == pfn {
                 // INVARIANT: No folio points at the node, and none will: only `adopt()` makes one.
                 self.unused = true;
                 return None;
@@ -312,7 +319,7 @@ impl StableNode {
     /// Gives up a page whose memory has gone offline, as its frame must not be looked at any more. `false`: the
     /// page is elsewhere.
     pub(crate) fn abandon(&mut self, offline: &OfflineRange) -> bool {
-        let gone = offline.contains(self.kpfn());
+        let gone = offline.contains(self.pfn());
         if gone {
             // INVARIANT: A page that has been freed points at no node.
             self.unused = true;
@@ -452,6 +459,17 @@ impl RmapItem {
     pub(crate) fn owner(&self) -> Id {
         // SAFETY: The item is ours and the field never changes.
         Id::from_raw(unsafe { (*self.raw()).owner })
+    }
+
+    /// Address of its `mm_struct`, for events.
+    pub(crate) fn mm(&self) -> usize {
+        // SAFETY: The item is ours and the field never changes.
+        unsafe { (*self.raw()).mm as usize }
+    }
+
+    /// Its own address, for events.
+    pub(crate) fn address_of(&self) -> usize {
+        self.raw.as_ptr() as usize
     }
 
     /// Remembers the anon_vma of `vma`, which maps the item's address, with a reference; the mmap lock, which

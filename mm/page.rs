@@ -29,6 +29,16 @@ pub(crate) enum NotMerged {
     Different,
 }
 
+/// For events: 0 if a page was merged, or else an errno.
+pub(crate) fn errno_of<T>(merged: &Result<T, NotMerged>) -> i32 {
+    match merged {
+        Ok(_) => 0,
+        Err(NotMerged::Gone) => ENOENT.to_errno(),
+        Err(NotMerged::Busy) => EBUSY.to_errno(),
+        Err(NotMerged::Different) => EFAULT.to_errno(),
+    }
+}
+
 /// A page whose folio we hold a reference on.
 ///
 /// May be dropped in any context that allows `folio_put()`.
@@ -104,6 +114,11 @@ impl PageRef {
         // SAFETY: The page is valid by the invariant, so its frame is online.
         let nid = unsafe { bindings::ksm_rs_pfn_to_nid(self.pfn()) };
         usize::try_from(nid).unwrap_or(0)
+    }
+
+    /// Address of the `struct page`, for events.
+    pub(crate) fn address_of(&self) -> usize {
+        self.page.as_ptr() as usize
     }
 
     /// Page frame number.

@@ -44,6 +44,12 @@ pub(crate) fn count() -> isize {
     unsafe { bindings::ksm_rs_atomic_long_read(all) }
 }
 
+/// Frame number of the zero page, for events.
+pub(crate) fn pfn() -> usize {
+    // SAFETY: The zero page is there from early in boot on.
+    unsafe { bindings::ksm_rs_zero_pfn() }
+}
+
 impl Vma<'_> {
     /// Maps the zero page at `address` in the place of `page`, if that is empty.
     ///

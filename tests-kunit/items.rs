@@ -7,6 +7,7 @@
 use crate::{
     arena::Id,
     items::{
+        Age,
         ContentHash,
         PageItem,
         Pass,
@@ -61,12 +62,69 @@ mod tests {
 
     #[test]
     fn no_contents_hash_to_the_value_for_none() {
-        for hash in [0, 1, 0xffff, 0x1_0000, u64::MAX] {
+        for hash in [0, 1, 0x3_ffff, 0x4_0000, u64::MAX] {
             assert!(ContentHash::new(hash) != ContentHash::default());
         }
         // What is left of a hash decides, not what is cut off.
-        assert_eq!(ContentHash::new(0x1_0000), ContentHash::new(0x1_ffff));
-        assert!(ContentHash::new(0x1_0000) != ContentHash::new(0x2_0000));
+        assert_eq!(ContentHash::new(0x4_0000), ContentHash::new(0x7_ffff));
+        assert!(ContentHash::new(0x4_0000) != ContentHash::new(0x8_0000));
+    }
+
+    #[test]
+    fn smart_scan_looks_when_stock_does() {
+        // Stock's rule in its own terms: an age, and how many passes are still to be left out.
+        let (mut stock_age, mut left) = (0u8, 0u8);
+        let mut item = PageItem::new(3, 4096, Id::NIL);
+        for _ in 0..600 {
+            let now = stock_age;
+            stock_age = stock_age.saturating_add(1);
+            let due = if now < 3 {
+                true
+            } else if left == 0 {
+                left = match now {
+                    3 => 1,
+                    4..=5 => 2,
+                    6..=8 => 4,
+                    _ => 8,
+                };
+                true
+            } else {
+                left -= 1;
+                false
+            };
+            assert_eq!(item.age().is_due(), due);
+            item.grow_older();
+        }
+    }
+
+    #[test]
+    fn an_age_is_kept_until_the_page_is_merged() {
+        let hash = ContentHash::new(u64::MAX);
+        let mut item = PageItem::new(MAX_SLOTS - 1, TOP, Id::NIL);
+        for _ in 0..5 {
+            item.grow_older();
+        }
+        let age = item.age();
+        assert!(age != Age::default());
+        item.set_idle(hash);
+        assert_eq!(item.age(), age);
+        let planted = Planted {
+            nid: 1023,
+            pass: Pass::FIRST.next().next(),
+        };
+        item.set_unstable(planted);
+        assert_eq!(item.age(), age);
+        item.grow_older();
+        assert_eq!(item.age(), age.next());
+        assert_eq!(item.state(), State::Unstable(planted));
+        assert_eq!(item.hash(), hash);
+        item.set_idle(hash);
+        assert_eq!(item.age(), age.next());
+        item.set_merged(Id::from_raw(9));
+        item.grow_older();
+        assert_eq!(item.state(), State::Merged(Id::from_raw(9)));
+        item.set_idle(hash);
+        assert_eq!(item.age(), Age::default());
     }
 
     #[test]

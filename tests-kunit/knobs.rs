@@ -5,10 +5,15 @@
 #![forbid(unsafe_code)]
 
 use crate::knobs::{
+    advisor_mode,
     any_uint,
+    any_ulong,
     max_page_sharing,
     merge_across_nodes,
     run,
+    smart_scan,
+    target_scan_time,
+    Knobs,
     Run, //
 };
 use kernel::prelude::*;
@@ -47,6 +52,57 @@ mod tests {
         for text in NO_NUMBERS {
             assert_eq!(any_uint(text), Err(EINVAL));
         }
+    }
+
+    #[test]
+    fn the_advisor_is_known_by_its_names() {
+        assert_eq!(advisor_mode(c"scan-time"), Ok(true));
+        assert_eq!(advisor_mode(c"scan-time\n"), Ok(true));
+        assert_eq!(advisor_mode(c"none\n"), Ok(false));
+        for text in [
+            c"",
+            c"\n",
+            c"1",
+            c"scan",
+            c"Scan-time",
+            c"scan-time ",
+            c"none\n\n",
+            c" none",
+            c"[none]",
+        ] {
+            assert_eq!(advisor_mode(text), Err(EINVAL));
+        }
+    }
+
+    #[test]
+    fn the_advisor_s_limits_take_an_unsigned_long() {
+        assert_eq!(any_ulong(c"18446744073709551615\n"), Ok(u64::MAX));
+        assert_eq!(any_ulong(c"18446744073709551616"), Err(EINVAL));
+        assert_eq!(any_ulong(c"-1"), Err(EINVAL));
+        assert_eq!(target_scan_time(c"1"), Ok(1));
+        assert_eq!(target_scan_time(c"0"), Err(EINVAL));
+        for text in NO_NUMBERS {
+            assert_eq!(any_ulong(text), Err(EINVAL));
+            assert_eq!(target_scan_time(text), Err(EINVAL));
+        }
+    }
+
+    #[test]
+    fn smart_scan_takes_a_truth_value_in_words() {
+        assert_eq!(smart_scan(c"y"), Ok(true));
+        assert_eq!(smart_scan(c"off\n"), Ok(false));
+        assert_eq!(smart_scan(c"2"), Err(EINVAL));
+    }
+
+    #[test]
+    fn the_advisor_brings_its_own_pages_to_scan_and_takes_them_along() {
+        let knobs = Knobs::new();
+        knobs.set_pages_to_scan(7);
+        knobs.set_advisor_min_pages(1234);
+        knobs.set_advisor(true);
+        assert_eq!(knobs.pages_to_scan(), 1234);
+        knobs.set_advisor(false);
+        assert_eq!(knobs.pages_to_scan(), 100);
     }
 
     #[test]

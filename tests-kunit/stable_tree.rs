@@ -7,9 +7,17 @@
 use crate::{
     arena::Id,
     items::ContentHash,
-    stable_tree::StableTree, //
+    stable_tree::StableTree,
+    stats::Stats, //
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+fn empty_tree() -> Result<StableTree> {
+    StableTree::new(Arc::new(Stats::new(), GFP_KERNEL)?)
+}
 
 fn planted(tree: &mut StableTree, hash: ContentHash) -> Result<Id> {
     let id = tree.prepare()?;
@@ -23,7 +31,7 @@ mod tests {
 
     #[test]
     fn full_nodes_are_not_found_until_there_is_room_again() -> Result {
-        let mut tree = StableTree::new()?;
+        let mut tree = empty_tree()?;
         let hash = ContentHash::new(0x1234_5678_9abc_0000);
         let first = planted(&mut tree, hash)?;
         assert!(tree.first_equal(0, hash) == Some(first));
@@ -43,7 +51,7 @@ mod tests {
 
     #[test]
     fn a_search_does_not_see_full_nodes_however_many_there_are() -> Result {
-        let mut tree = StableTree::new()?;
+        let mut tree = empty_tree()?;
         let hash = ContentHash::new(u64::MAX);
         for _ in 0..1000 {
             let id = planted(&mut tree, hash)?;
@@ -65,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_full_node_keeps_so_when_it_moves_and_goes_when_it_is_removed() -> Result {
-        let mut tree = StableTree::new()?;
+        let mut tree = empty_tree()?;
         let hash = ContentHash::new(0xfeed_0000_0000_0000);
         let id = planted(&mut tree, hash)?;
         tree.set_full(id, true);
@@ -77,6 +85,55 @@ mod tests {
         assert!(tree.first_equal(last, hash) == Some(id));
         assert!(tree.remove(id).is_some());
         assert!(tree.first_equal(last, hash).is_none() && tree.first().is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn nodes_of_the_same_contents_are_counted_as_chains_and_dups() -> Result {
+        let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
+        let mut tree = StableTree::new(stats.clone())?;
+        let seen = || (stats.stable_node_chains.get(), stats.stable_node_dups.get());
+        let hash = ContentHash::new(0x1234_5678_9ab0_0000);
+        let other = ContentHash::new(0x1234_5678_9ac0_0000);
+        let first = planted(&mut tree, hash)?;
+        planted(&mut tree, other)?;
+        assert_eq!(seen(), (0, 0));
+        tree.set_full(first, true);
+        let second = planted(&mut tree, hash)?;
+        assert_eq!(seen(), (1, 2));
+        // Full or not makes no difference, nor does changing between the two.
+        tree.set_full(second, true);
+        tree.set_full(first, false);
+        assert_eq!(seen(), (1, 2));
+        let third = planted(&mut tree, hash)?;
+        let fourth = planted(&mut tree, hash)?;
+        assert_eq!(seen(), (1, 4));
+        planted(&mut tree, other)?;
+        assert_eq!(seen(), (2, 6));
+        tree.remove(second);
+        tree.remove(fourth);
+        assert_eq!(seen(), (2, 4));
+        tree.remove(first);
+        assert_eq!(seen(), (1, 2));
+        tree.remove(third);
+        assert_eq!(seen(), (1, 2));
+        Ok(())
+    }
+
+    #[test]
+    fn forests_have_chains_of_their_own() -> Result {
+        let last = crate::mm::nr_nodes() - 1;
+        let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
+        let mut tree = StableTree::new(stats.clone())?;
+        let seen = || (stats.stable_node_chains.get(), stats.stable_node_dups.get());
+        let hash = ContentHash::new(0x1234_5678_9ab0_0000);
+        let first = planted(&mut tree, hash)?;
+        let second = planted(&mut tree, hash)?;
+        tree.rehome(second, last);
+        let apart = if last == 0 { (1, 2) } else { (0, 0) };
+        assert_eq!(seen(), apart);
+        tree.rehome(first, last);
+        assert_eq!(seen(), (1, 2));
         Ok(())
     }
 }
