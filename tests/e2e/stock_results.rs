@@ -11,8 +11,6 @@
 //! - what pages look like that are skipped by smart scanning in one pass and not in the next; therefore smart
 //!   scanning is on only where everything is merged before it begins to skip, or where skipping itself is watched.
 
-use std::time::Instant;
-
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
@@ -65,14 +63,10 @@ fn compare(observe: impl Fn(&Ksm, &mut Rng) -> Result<Record>) -> Result<()> {
     let all = |ksm: &Ksm| {
         let mut records = Vec::new();
         for &seed in &seeds {
-            let start = Instant::now();
             let settings = Settings::remember(ksm)?;
             let record = observe(ksm, &mut Rng::with_seed(seed))
                 .with_context(|| format!("with seed {seed} and {}", ksm.dir().display()))?;
             settings.bring_back()?;
-            if std::env::var_os("KSM_E2E_TIMES").is_some() {
-                eprint!("{:.1} s ", start.elapsed().as_secs_f64());
-            }
             records.push(record);
         }
         Ok::<_, anyhow::Error>(records)
