@@ -3,6 +3,7 @@
 //!     e2e [FILTER]                            all tests, or those whose name contains FILTER
 //!     KSM_DIR=/sys/kernel/mm/ksm e2e          the same against the kernel's own KSM
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
+//!     KSM_E2E_SEED=42 e2e                     another seed for what is made at random
 
 mod fork;
 mod freezer;
@@ -16,6 +17,8 @@ mod numa;
 mod pins;
 mod reclaim;
 mod refusals;
+mod stock_interface;
+mod stock_results;
 mod unmerge;
 mod userfault;
 mod while_scanning;
@@ -33,6 +36,10 @@ fn main() -> anyhow::Result<()> {
     arguments.test_threads = Some(1);
     let ksm = Ksm::from_env();
     let mut tests = Vec::new();
+    if !ksm.is_stock() {
+        // First, as it compares with what nobody has touched since boot.
+        tests.extend(stock_interface::tests());
+    }
     tests.extend(knobs::untouched_tests());
     tests.extend(knobs::tests());
     tests.extend(merging::tests());
@@ -50,6 +57,7 @@ fn main() -> anyhow::Result<()> {
     if !ksm.is_stock() {
         tests.extend(lifecycle::tests());
         tests.extend(refusals::tests());
+        tests.extend(stock_results::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }

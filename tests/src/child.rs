@@ -10,6 +10,7 @@ use std::io::BufRead;
 use std::io::BufReader;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
+use std::io::Read;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
@@ -56,10 +57,12 @@ use nix::unistd::fork;
 use nix::unistd::pipe;
 use serde::Deserialize;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::memory;
 use crate::memory::Content;
 use crate::memory::Mapping;
+use crate::memory::Pattern;
 use crate::memory::Region;
 use crate::numa;
 use crate::procfs;
@@ -84,6 +87,8 @@ enum Command {
         to: usize,
     },
     Fill(Region, Content),
+    Paint(Vec<(usize, Pattern)>),
+    Differing(Vec<(usize, Pattern)>),
     Checksums(Region),
     Write {
         addr: usize,
@@ -138,6 +143,7 @@ enum Reply {
     Number(i64),
     Region(Region),
     Checksums(Vec<u64>),
+    Addresses(Vec<usize>),
     Bytes(Vec<u8>),
     BusError(Option<BusError>),
     Errno(i32),
@@ -317,6 +323,19 @@ impl Child {
     /// Fills memory.
     pub fn fill(&mut self, region: Region, content: Content) -> Result<()> {
         self.done(&Command::Fill(region, content))
+    }
+
+    /// Fills single pages, each given by its address.
+    pub fn paint(&mut self, pages: &[(usize, Pattern)]) -> Result<()> {
+        self.done(&Command::Paint(pages.to_vec()))
+    }
+
+    /// The addresses of those pages that do not contain what they should, in every byte.
+    pub fn differing(&mut self, pages: &[(usize, Pattern)]) -> Result<Vec<usize>> {
+        match self.order(&Command::Differing(pages.to_vec()))? {
+            Reply::Addresses(addresses) => Ok(addresses),
+            other => bail!("unexpected answer {other:?}"),
+        }
     }
 
     /// Fails unless memory contains exactly this.
@@ -582,6 +601,32 @@ impl Drop for Child {
     }
 }
 
+/// Runs a function in a fork of this process, and returns what it returned.
+pub fn in_a_fork<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (mut near, mut far) = UnixStream::pair()?;
+    near.set_read_timeout(Some(PATIENCE * wait::slowness()))?;
+    // SAFETY: Tests have one thread only, so the child may do whatever the parent may.
+    match unsafe { fork() }.context("fork")? {
+        ForkResult::Parent { child } => {
+            drop(far);
+            let mut answer = String::new();
+            let read = near.read_to_string(&mut answer);
+            if read.is_err() {
+                nix::sys::signal::kill(child, Signal::SIGKILL)?;
+            }
+            waitpid(child, None)?;
+            read.context("answer of a fork")?;
+            let answer: Result<T, String> = serde_json::from_str(&answer)?;
+            answer.map_err(|error| anyhow!(error))
+        }
+        ForkResult::Child => {
+            let answer = work().map_err(|error| format!("{error:#}"));
+            let sent = serde_json::to_vec(&answer).is_ok_and(|text| far.write_all(&text).is_ok());
+            leave(i32::from(!sent))
+        }
+    }
+}
+
 /// Serves as a helper and never returns, if the program was started as one.
 pub fn serve_if_asked() {
     let mut arguments = std::env::args().skip(1);
@@ -690,6 +735,8 @@ fn execute(command: Command) -> Result<Reply, Errno> {
                 return memory::remap(region, pages, flags, to).map(Reply::Region);
             }
             Command::Fill(region, content) => memory::fill(region, content),
+            Command::Paint(pages) => memory::paint(&pages),
+            Command::Differing(pages) => return Ok(Reply::Addresses(memory::differing(&pages))),
             Command::Checksums(region) => return Ok(Reply::Checksums(memory::checksums(region))),
             Command::Write { addr, bytes } => memory::write(addr, &bytes),
             Command::Read { addr, len } => return Ok(Reply::Bytes(memory::read(addr, len))),

@@ -16,14 +16,27 @@ pub mod memory;
 pub mod module;
 pub mod numa;
 pub mod procfs;
+pub mod record;
 pub mod runner;
+pub mod settings;
 pub mod slow_file;
 pub mod swap;
 pub mod trace;
 pub mod userfault;
 pub mod wait;
+pub mod world;
 
 pub use child::Child;
 pub use ksm::Ksm;
 pub use memory::Content;
 pub use memory::Region;
+
+/// The seeds to use for what is made at random: those given, or the one that the environment variable
+/// `KSM_E2E_SEED` names.
+pub fn seeds(usual: &[u64]) -> anyhow::Result<Vec<u64>> {
+    use anyhow::Context;
+    match std::env::var("KSM_E2E_SEED") {
+        Ok(seed) => Ok(vec![seed.parse().context("KSM_E2E_SEED")?]),
+        Err(_) => Ok(usual.to_vec()),
+    }
+}

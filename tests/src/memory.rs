@@ -146,6 +146,39 @@ fn splitmix(state: &mut u64) -> u64 {
     word ^ (word >> 31)
 }
 
+/// What a single page contains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Pattern {
+    /// Zeroes only.
+    Zero,
+    /// The pattern of a seed.
+    Seed(u64),
+    /// That of a seed, or zeroes, but for one byte.
+    Near {
+        /// Whose pattern; `None` stands for zeroes.
+        seed: Option<u64>,
+        /// Which byte.
+        offset: usize,
+        /// What it is XORed with.
+        flip: u8,
+    },
+}
+
+impl Pattern {
+    /// The page.
+    pub fn page(self) -> PageBytes {
+        match self {
+            Self::Zero => Content::Zero.page(0),
+            Self::Seed(seed) => Content::Same(seed).page(0),
+            Self::Near { seed, offset, flip } => {
+                let page = seed.map_or(Content::Zero, Content::Same).page(0);
+                let byte = page.byte(offset) ^ flip;
+                page.with_byte(offset, byte)
+            }
+        }
+    }
+}
+
 /// The bytes of a page.
 #[derive(Clone)]
 pub struct PageBytes([u64; WORDS]);
@@ -158,6 +191,11 @@ impl PageBytes {
                 .wrapping_mul(0x9fb2_1c65_1e98_df25)
                 .rotate_left(23)
         })
+    }
+
+    /// Byte `offset`.
+    pub fn byte(&self, offset: usize) -> u8 {
+        self.0[offset / 8].to_le_bytes()[offset % 8]
     }
 
     /// The same page with byte `offset` replaced.
@@ -378,6 +416,37 @@ pub unsafe fn fill(region: Region, content: Content) {
         // SAFETY: By this function's own contract.
         unsafe { ptr::copy_nonoverlapping(page.0.as_ptr(), addr as *mut u64, WORDS) };
     }
+}
+
+/// Fills pages of this process, each given by its address.
+///
+/// # Safety
+///
+/// The pages must be mapped and writable.
+pub unsafe fn paint(pages: &[(usize, Pattern)]) {
+    for &(addr, pattern) in pages {
+        let page = pattern.page();
+        // SAFETY: By this function's own contract.
+        unsafe { ptr::copy_nonoverlapping(page.0.as_ptr(), addr as *mut u64, WORDS) };
+    }
+}
+
+/// The addresses of those pages of this process that do not contain what they should, in every byte.
+///
+/// # Safety
+///
+/// The pages must be mapped and readable.
+pub unsafe fn differing(pages: &[(usize, Pattern)]) -> Vec<usize> {
+    let mut seen = PageBytes([0; WORDS]);
+    let mut wrong = Vec::new();
+    for &(addr, pattern) in pages {
+        // SAFETY: By this function's own contract.
+        unsafe { ptr::copy_nonoverlapping(addr as *const u64, seen.0.as_mut_ptr(), WORDS) };
+        if seen.0 != pattern.page().0 {
+            wrong.push(addr);
+        }
+    }
+    wrong
 }
 
 /// Checksums of the pages of a region of this process.

@@ -1,5 +1,6 @@
 //! What `/proc` says about a process and its pages.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,8 +17,26 @@ const KPF_ANON: u64 = 12;
 const KPF_HWPOISON: u64 = 19;
 const KPF_NOPAGE: u64 = 20;
 const KPF_KSM: u64 = 21;
+const KPF_ZERO_PAGE: u64 = 24;
 const KPF_RESERVED: u64 = 32;
 const KPF_MLOCKED: u64 = 33;
+
+/// See [`PageFlags::lasting`].
+const LASTING: [(u64, &str); 13] = [
+    (1, "error"),
+    (3, "uptodate"),
+    (11, "mmap"),
+    (KPF_ANON, "anon"),
+    (13, "swapcache"),
+    (14, "swapbacked"),
+    (15, "compound"),
+    (18, "unevictable"),
+    (KPF_HWPOISON, "hwpoison"),
+    (KPF_KSM, "ksm"),
+    (22, "thp"),
+    (KPF_ZERO_PAGE, "zero"),
+    (KPF_MLOCKED, "mlocked"),
+];
 
 /// Bits of `/proc/<pid>/pagemap`.
 const PM_UFFD_WP: u64 = 57;
@@ -47,6 +66,15 @@ impl Pfn {
     }
 }
 
+/// How many entries of page tables map a physical page.
+pub fn mappings(pfn: Pfn) -> Result<u64> {
+    let file = File::open("/proc/kpagecount").context("/proc/kpagecount")?;
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, pfn.0 * 8)
+        .with_context(|| format!("mappings of {pfn:?}"))?;
+    Ok(u64::from_le_bytes(word))
+}
+
 /// Flags of a physical page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageFlags(u64);
@@ -54,6 +82,17 @@ pub struct PageFlags(u64);
 impl PageFlags {
     fn bit(self, bit: u64) -> bool {
         self.0 >> bit & 1 == 1
+    }
+
+    /// The zero page.
+    pub fn zero_page(self) -> bool {
+        self.bit(KPF_ZERO_PAGE)
+    }
+
+    /// The names of those flags that do not depend on who looked at the page, or which list it waits in.
+    pub fn lasting(self) -> String {
+        let names = LASTING.iter().filter(|(bit, _)| self.bit(*bit));
+        names.map(|(_, name)| *name).collect::<Vec<_>>().join("|")
     }
 
     /// A page that KSM made.
@@ -166,6 +205,18 @@ pub fn ksm_stat(pid: i32, name: &str) -> Result<u64> {
     field(&process_file(pid, "ksm_stat")?, name)
 }
 
+/// The lines of `/proc/<pid>/ksm_stat`, each a name and a value.
+pub fn ksm_stat_lines(pid: i32) -> Result<Vec<(String, String)>> {
+    let text = process_file(pid, "ksm_stat")?;
+    let lines = text.lines().map(|line| {
+        let (name, value) = line
+            .split_once(' ')
+            .with_context(|| format!("ksm_stat has the line {line:?}"))?;
+        Ok((name.trim_end_matches(':').to_owned(), value.to_owned()))
+    });
+    lines.collect()
+}
+
 /// The number in `/proc/<pid>/ksm_merging_pages`.
 pub fn ksm_merging_pages(pid: i32) -> Result<u64> {
     process_file(pid, "ksm_merging_pages")?
@@ -198,6 +249,37 @@ pub fn smaps_kb(pid: i32, region: Region, name: &str) -> Result<u64> {
         })
         .collect();
     field(&area.join("\n"), name)
+}
+
+/// The numbers of kilobytes from `/proc/<pid>/smaps`, summed over the areas within a region; and how many areas that
+/// are.
+pub fn smaps_within(pid: i32, region: Region) -> Result<(BTreeMap<String, u64>, usize)> {
+    let text = process_file(pid, "smaps")?;
+    let bounds = |line: &str| {
+        let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+        let number = |text| usize::from_str_radix(text, 16).ok();
+        Some((number(start)?, number(end)?))
+    };
+    let mut sums = BTreeMap::new();
+    let (mut areas, mut inside) = (0, false);
+    for line in text.lines() {
+        if let Some((start, end)) = bounds(line) {
+            inside = start >= region.addr && end <= region.addr + region.len();
+            areas += usize::from(inside);
+        } else if inside && let Some(number) = line.strip_suffix(" kB") {
+            let (name, number) = number.split_once(':').context("a line of smaps")?;
+            *sums.entry(name.to_owned()).or_default() += number.trim_start().parse::<u64>()?;
+        }
+    }
+    Ok((sums, areas))
+}
+
+/// The letter of a process's state: `S` if it sleeps and signals could wake it.
+pub fn state(pid: i32) -> Result<char> {
+    let status = process_file(pid, "status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("State:"));
+    line.and_then(|line| line.trim_start().chars().next())
+        .with_context(|| format!("no state of process {pid}"))
 }
 
 /// A number from `/proc/vmstat`.

@@ -1,0 +1,999 @@
+//! Memory of several processes, made at random, of which the rules say how it must be merged in the end.
+//!
+//! A [`World`] keeps a model of what it does to real processes: what each page contains, which pages share memory
+//! since a fork, and which must share it once merging has come to rest. The model knows the rules of merging, but of
+//! no producer how it goes about it, so it is compared with either.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::collections::HashMap;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use fastrand::Rng;
+
+use crate::Child;
+use crate::Ksm;
+use crate::Region;
+use crate::ksm::Passes;
+use crate::memory::Mapping;
+use crate::memory::PAGE;
+use crate::memory::Pattern;
+use crate::procfs;
+use crate::procfs::Pfn;
+use crate::record::Record;
+
+/// Passes without any change after which merging is taken to be at rest.
+const QUIET: u32 = 3;
+
+/// Passes after which it must have come to rest.
+const MANY: u32 = 40;
+
+/// The lines of `smaps` that do not depend on who looked at a page lately.
+const SMAPS: [&str; 11] = [
+    "Size",
+    "Rss",
+    "Pss",
+    "Shared_Clean",
+    "Shared_Dirty",
+    "Private_Clean",
+    "Private_Dirty",
+    "Anonymous",
+    "KSM",
+    "AnonHugePages",
+    "Swap",
+];
+
+/// The knobs that decide what is merged with what.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Empty pages become the zero page.
+    pub use_zero_pages: bool,
+    /// Pages of all NUMA nodes are merged.
+    pub across_nodes: bool,
+    /// Most mappings of a KSM page.
+    pub limit: u64,
+    /// Pages that were not merged for long are skipped.
+    pub smart_scan: bool,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            use_zero_pages: false,
+            across_nodes: true,
+            limit: 256,
+            smart_scan: false,
+        }
+    }
+}
+
+impl Rules {
+    /// Sets the knobs. Nothing may be merged.
+    pub fn apply(&self, ksm: &Ksm) -> Result<()> {
+        ksm.write("use_zero_pages", self.use_zero_pages.into())?;
+        ksm.write("merge_across_nodes", self.across_nodes.into())?;
+        ksm.write("max_page_sharing", self.limit)?;
+        // A producer that has no such knob never skips.
+        if ksm.has("smart_scan") {
+            ksm.write("smart_scan", self.smart_scan.into())?;
+        }
+        Ok(())
+    }
+}
+
+/// What a world is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Processes.
+    pub processes: usize,
+    /// Areas in each.
+    pub areas: usize,
+    /// Pages in each.
+    pub pages: usize,
+    /// What the pages contain.
+    pub contents: Contents,
+    /// Some pages change before every pass.
+    pub volatile: bool,
+    /// Each area is bound to a NUMA node, 0 or 1.
+    pub bound: bool,
+    /// Some parts of areas are not advised.
+    pub unadvised: bool,
+    /// Processes that are forked before merging begins, and then write.
+    pub forks: usize,
+}
+
+/// What the pages of a world contain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// Duplicates, pages that differ from others in one byte, unique pages, empty and nearly empty pages, holes.
+    Everything,
+    /// Each content more than once.
+    Duplicates,
+    /// Each content as often as the limit allows to tell what becomes of it.
+    AroundLimit,
+    /// Each content once.
+    Unique,
+}
+
+/// Whose memory a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Frame {
+    /// Its own, or shared by forks.
+    Plain(u64),
+    /// A KSM page.
+    Merged(u64),
+    /// One of the KSM pages of a [`Crowd`].
+    OneOf(usize),
+    /// The zero page.
+    Zero,
+}
+
+/// Pages of equal contents that are too many for one KSM page. Which of the KSM pages one of them shares is not
+/// determined.
+#[derive(Clone, Debug)]
+struct Crowd {
+    /// How many mappings each of the KSM pages has, in ascending order.
+    mappings: Vec<u64>,
+    /// Whether one page, any of them, has found no partner.
+    one_left: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Page {
+    pattern: Pattern,
+    frame: Frame,
+    volatile: bool,
+}
+
+/// A page's worth of addresses.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    mapped: bool,
+    mergeable: bool,
+    page: Option<Page>,
+}
+
+#[derive(Clone, Debug)]
+struct Area {
+    region: Region,
+    node: Option<u32>,
+    places: Vec<Place>,
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    areas: Vec<Area>,
+}
+
+/// The counters of the directory that must come to rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Totals {
+    shared: u64,
+    sharing: u64,
+    unshared: u64,
+    volatile: u64,
+    chains: u64,
+    dups: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct World {
+    rules: Rules,
+    processes: Vec<Process>,
+    /// The contents to choose from.
+    pool: Vec<u64>,
+    crowds: Vec<Crowd>,
+    totals: Totals,
+    next: u64,
+    round: u64,
+}
+
+impl World {
+    /// Makes processes and their memory.
+    pub fn make(random: &mut Rng, shape: Shape, rules: Rules) -> Result<Self> {
+        let places = shape.processes * shape.areas * shape.pages;
+        let mut world = Self {
+            rules,
+            processes: Vec::new(),
+            pool: (0..places / 5).map(|_| random.u64(..)).collect(),
+            crowds: Vec::new(),
+            totals: Totals::default(),
+            next: 0,
+            round: 0,
+        };
+        for _ in 0..shape.processes {
+            let mut process = Process {
+                child: Child::spawn()?,
+                areas: Vec::new(),
+            };
+            for _ in 0..shape.areas {
+                let node = shape.bound.then(|| random.u32(..2));
+                let mapping = Mapping {
+                    node,
+                    ..Mapping::pages(shape.pages)
+                };
+                process.areas.push(Area {
+                    region: process.child.map(mapping)?,
+                    node,
+                    places: vec![
+                        Place {
+                            mapped: true,
+                            mergeable: false,
+                            page: None,
+                        };
+                        shape.pages
+                    ],
+                });
+            }
+            world.processes.push(process);
+        }
+        let patterns = world.choose(random, shape);
+        for (at, pattern) in world.all_places().into_iter().zip(patterns) {
+            let Some(pattern) = pattern else { continue };
+            let frame = world.new_frame();
+            world.place_mut(at).page = Some(Page {
+                pattern,
+                frame,
+                volatile: shape.volatile && random.u32(..100) < 8,
+            });
+        }
+        world.paint_all(|_| true)?;
+        for process in 0..world.processes.len() {
+            for area in 0..world.processes[process].areas.len() {
+                let all = 0..shape.pages;
+                let advised = if shape.unadvised && random.u32(..3) == 0 {
+                    part(random, shape.pages)
+                } else {
+                    all
+                };
+                world.advise(process, area, advised, true)?;
+            }
+        }
+        for _ in 0..shape.forks {
+            let parent = random.usize(..world.processes.len());
+            let child = world.fork(parent)?;
+            world.write_some(random, child, 30)?;
+            world.write_some(random, parent, 15)?;
+        }
+        Ok(world)
+    }
+
+    /// What each place contains; `None` is a hole.
+    fn choose(&mut self, random: &mut Rng, shape: Shape) -> Vec<Option<Pattern>> {
+        let count = self.all_places().len();
+        match shape.contents {
+            Contents::Everything => (0..count).map(|_| self.anything(random)).collect(),
+            Contents::Unique => (0..count)
+                .map(|_| Some(Pattern::Seed(random.u64(..))))
+                .collect(),
+            Contents::Duplicates => {
+                let mut patterns: Vec<_> = (0..count)
+                    .map(|index| Some(Pattern::Seed(self.pool[index / 2 % self.pool.len()])))
+                    .collect();
+                random.shuffle(&mut patterns);
+                patterns
+            }
+            Contents::AroundLimit => self.around_limit(random, shape),
+        }
+    }
+
+    /// Contents that go with any others, a hole now and then.
+    fn anything(&self, random: &mut Rng) -> Option<Pattern> {
+        let seed = *random.choice(&self.pool).expect("a pool of contents");
+        let offset = *random
+            .choice(&[0, PAGE - 1, random.clone().usize(..PAGE)])
+            .expect("offsets");
+        let flip = *random.choice(&[0x01, 0x80]).expect("bits");
+        Some(match random.u32(..100) {
+            0..45 => Pattern::Seed(seed),
+            45..60 => Pattern::Near {
+                seed: Some(seed),
+                offset,
+                flip,
+            },
+            60..75 => Pattern::Seed(random.u64(..)),
+            75..86 => Pattern::Zero,
+            86..92 => Pattern::Near {
+                seed: None,
+                offset,
+                flip,
+            },
+            _ => return None,
+        })
+    }
+
+    /// Contents each of which fills as many KSM pages as allowed, or leaves over enough for one more. A single page
+    /// left over is one that any process may be left with; so that only one can, it has all the others too.
+    fn around_limit(&self, random: &mut Rng, shape: Shape) -> Vec<Option<Pattern>> {
+        let limit = self.rules.limit as usize;
+        let places = self.all_places();
+        let mut patterns = vec![None; places.len()];
+        // Places of different forests have nothing in common.
+        let mut forests: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for (index, &at) in places.iter().enumerate() {
+            forests.entry(self.forest(at)).or_default().push(index);
+        }
+        let lonely = Pattern::Seed(random.u64(..));
+        for indices in forests.values_mut() {
+            // The first area of a forest begins with one page too many.
+            let first = indices[0] / shape.pages;
+            let mut left: Vec<usize> = indices.clone();
+            if 2 * limit < shape.pages {
+                for index in left.drain(..=2 * limit) {
+                    assert!(index / shape.pages == first, "not in the first area");
+                    patterns[index] = Some(lonely);
+                }
+            }
+            random.shuffle(&mut left);
+            let mut empty = true;
+            while !left.is_empty() {
+                let mut copies = random.usize(1..=4 * limit + 1);
+                if copies % limit == 1 % limit && copies > 1 {
+                    copies += 1;
+                }
+                let copies = if copies <= left.len() { copies } else { 1 };
+                let pattern = if copies > 1 && std::mem::take(&mut empty) {
+                    Pattern::Zero
+                } else {
+                    Pattern::Seed(random.u64(..))
+                };
+                for index in left.drain(..copies) {
+                    patterns[index] = Some(pattern);
+                }
+            }
+        }
+        patterns
+    }
+
+    fn all_places(&self) -> Vec<At> {
+        let mut places = Vec::new();
+        for (process, owner) in self.processes.iter().enumerate() {
+            for (area, of) in owner.areas.iter().enumerate() {
+                places.extend((0..of.places.len()).map(|index| At {
+                    process,
+                    area,
+                    index,
+                }));
+            }
+        }
+        places
+    }
+
+    fn place(&self, at: At) -> &Place {
+        &self.processes[at.process].areas[at.area].places[at.index]
+    }
+
+    fn place_mut(&mut self, at: At) -> &mut Place {
+        &mut self.processes[at.process].areas[at.area].places[at.index]
+    }
+
+    fn address(&self, at: At) -> usize {
+        self.processes[at.process].areas[at.area]
+            .region
+            .page(at.index)
+    }
+
+    /// Which forest a page of this place belongs to.
+    fn forest(&self, at: At) -> u32 {
+        if self.rules.across_nodes {
+            return 0;
+        }
+        self.processes[at.process].areas[at.area]
+            .node
+            .expect("an area that is bound to a node")
+    }
+
+    fn new_frame(&mut self) -> Frame {
+        self.next += 1;
+        Frame::Plain(self.next)
+    }
+
+    /// Writes what the model says to those pages.
+    fn paint_all(&mut self, which: impl Fn(&Page) -> bool) -> Result<()> {
+        for process in &mut self.processes {
+            let mut pages = Vec::new();
+            for area in &process.areas {
+                for (place, addr) in area.places.iter().zip(area.region.addresses()) {
+                    if let Some(page) = place.page.filter(&which) {
+                        pages.push((addr, page.pattern));
+                    }
+                }
+            }
+            if !pages.is_empty() {
+                process.child.paint(&pages)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Advises part of an area, which was not advised so before.
+    fn advise(
+        &mut self,
+        process: usize,
+        area: usize,
+        part: std::ops::Range<usize>,
+        mergeable: bool,
+    ) -> Result<()> {
+        let owner = &mut self.processes[process];
+        let region = owner.areas[area].region.part(part.start, part.len());
+        let advice = if mergeable {
+            libc::MADV_MERGEABLE
+        } else {
+            libc::MADV_UNMERGEABLE
+        };
+        owner.child.advise(region, advice)?;
+        for index in part {
+            let at = At {
+                process,
+                area,
+                index,
+            };
+            self.place_mut(at).mergeable = mergeable;
+            if !mergeable {
+                self.separate(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a merged page memory of its own.
+    fn separate(&mut self, at: At) {
+        let frame = self.new_frame();
+        if let Some(page) = &mut self.place_mut(at).page
+            && !matches!(page.frame, Frame::Plain(_))
+        {
+            page.frame = frame;
+        }
+    }
+
+    fn fork(&mut self, parent: usize) -> Result<usize> {
+        let parent = &mut self.processes[parent];
+        let child = Process {
+            child: parent.child.fork()?,
+            areas: parent.areas.clone(),
+        };
+        self.processes.push(child);
+        Ok(self.processes.len() - 1)
+    }
+
+    /// Has a process write new contents to some of its pages.
+    fn write_some(&mut self, random: &mut Rng, process: usize, percent: u32) -> Result<()> {
+        let mut pages = Vec::new();
+        for at in self.all_places() {
+            if at.process != process
+                || self.place(at).page.is_none()
+                || random.u32(..100) >= percent
+            {
+                continue;
+            }
+            let Some(pattern) = self.anything(random) else {
+                continue;
+            };
+            let frame = self.new_frame();
+            let addr = self.address(at);
+            let page = self.place_mut(at).page.as_mut().expect("checked above");
+            (page.pattern, page.frame) = (pattern, frame);
+            pages.push((addr, pattern));
+        }
+        self.processes[process].child.paint(&pages)
+    }
+
+    /// Rewrites the pages that change before every pass. Some of them are equal then.
+    fn stir(&mut self) -> Result<()> {
+        self.round += 1;
+        for at in self.all_places() {
+            let seed = 10_000 * self.round + at.index as u64 % 3;
+            let frame = self.new_frame();
+            if let Some(page) = &mut self.place_mut(at).page
+                && page.volatile
+            {
+                (page.pattern, page.frame) = (Pattern::Seed(seed), frame);
+            }
+        }
+        self.paint_all(|page| page.volatile)
+    }
+
+    /// Makes passes until nothing changes any more, and fails if that is not what the rules lead to.
+    pub fn settle(&mut self, passes: &mut Passes, ksm: &Ksm) -> Result<()> {
+        let (mut before, mut quiet, mut scanned) = (None, 0, 0);
+        for _ in 0..MANY {
+            self.stir()?;
+            let scanned_before = ksm.read("pages_scanned")?;
+            passes.make_one()?;
+            scanned = ksm.read("pages_scanned")? - scanned_before;
+            let now = (ksm.counters()?, ksm.read("ksm_zero_pages")?);
+            quiet = if before == Some(now) { quiet + 1 } else { 0 };
+            before = Some(now);
+            if quiet >= QUIET {
+                break;
+            }
+        }
+        ensure!(
+            quiet >= QUIET,
+            "after {MANY} passes the counters still change: {before:?}"
+        );
+        self.merge();
+        let known = self.count(|place| self.is_item(place));
+        ensure!(
+            self.rules.smart_scan || scanned == known,
+            "{scanned} pages are scanned in a pass instead of {known}"
+        );
+        Ok(())
+    }
+
+    /// Brings the model to where merging must end.
+    fn merge(&mut self) {
+        let mut groups: BTreeMap<(u32, Pattern), Vec<At>> = BTreeMap::new();
+        let mut totals = Totals::default();
+        for at in self.all_places() {
+            let place = *self.place(at);
+            let Some(page) = place.page.filter(|_| place.mergeable) else {
+                continue;
+            };
+            let empty = page.pattern == Pattern::Zero && self.rules.use_zero_pages;
+            if page.volatile {
+                totals.volatile += 1;
+            } else if empty && !matches!(page.frame, Frame::Merged(_)) {
+                self.set_frame(at, Frame::Zero);
+            } else {
+                let group = groups.entry((self.forest(at), page.pattern)).or_default();
+                group.push(at);
+            }
+        }
+        for group in groups.into_values() {
+            let count = group.len() as u64;
+            let frames: BTreeSet<Frame> = group
+                .iter()
+                .filter_map(|&at| self.place(at).page.map(|page| page.frame))
+                .collect();
+            let merged = frames
+                .iter()
+                .find(|frame| matches!(frame, Frame::Merged(_)));
+            if frames.len() == 1 && merged.is_none() {
+                // Unique, or shared by forks only, which is as good as merged: one of them is found to have no like,
+                // and the others to be the same page.
+                totals.unshared += 1;
+                totals.volatile += count - 1;
+            } else if count <= self.rules.limit || merged.is_some() {
+                totals.shared += 1;
+                totals.sharing += count - 1;
+                let frame = match merged {
+                    Some(&frame) => frame,
+                    None => {
+                        self.next += 1;
+                        Frame::Merged(self.next)
+                    }
+                };
+                for at in group {
+                    self.set_frame(at, frame);
+                }
+            } else {
+                // A new KSM page is begun only when all others are full.
+                assert!(
+                    frames.len() as u64 == count,
+                    "forks are let over the limit, as far as it happens"
+                );
+                let (full, left) = (count / self.rules.limit, count % self.rules.limit);
+                let mut mappings = vec![self.rules.limit; full as usize];
+                match left {
+                    0 => {}
+                    1 => totals.unshared += 1,
+                    left => mappings.insert(0, left),
+                }
+                let pages = mappings.len() as u64;
+                totals.shared += pages;
+                totals.sharing += mappings.iter().sum::<u64>() - pages;
+                if pages > 1 {
+                    totals.chains += 1;
+                    totals.dups += pages;
+                }
+                for at in group {
+                    self.set_frame(at, Frame::OneOf(self.crowds.len()));
+                }
+                self.crowds.push(Crowd {
+                    mappings,
+                    one_left: left == 1,
+                });
+            }
+        }
+        self.totals = totals;
+    }
+
+    fn set_frame(&mut self, at: At, frame: Frame) {
+        if let Some(page) = &mut self.place_mut(at).page {
+            page.frame = frame;
+        }
+    }
+
+    /// Writes, forks, moves, unmaps and unmerges parts of what is merged; one process exits.
+    pub fn disturb(&mut self, random: &mut Rng) -> Result<()> {
+        assert!(
+            self.crowds.is_empty(),
+            "what becomes of several KSM pages of one content is not determined"
+        );
+        let parent = random.usize(..self.processes.len());
+        let child = self.fork(parent)?;
+        self.write_some(random, child, 25)?;
+        for process in 0..self.processes.len() {
+            self.write_some(random, process, 8)?;
+        }
+        for process in 0..self.processes.len() {
+            for area in 0..self.processes[process].areas.len() {
+                let places = &self.processes[process].areas[area].places;
+                let pages = places.len();
+                // Areas that were split are left alone.
+                if !places.iter().all(|place| place.mergeable && place.mapped) {
+                    continue;
+                }
+                match random.u32(..5) {
+                    0 => self.advise(process, area, part(random, pages), false)?,
+                    1 => self.unmap(process, area, part(random, pages))?,
+                    2 => self.move_away(process, area)?,
+                    _ => {}
+                }
+            }
+        }
+        self.stir()?;
+        // Any but the two that have just been forked.
+        if self.processes.len() > 3 {
+            let leaver = (0..child)
+                .find(|&process| process != parent)
+                .expect("three others");
+            self.processes.remove(leaver).child.kill()?;
+        }
+        Ok(())
+    }
+
+    fn unmap(&mut self, process: usize, area: usize, part: std::ops::Range<usize>) -> Result<()> {
+        let owner = &mut self.processes[process];
+        let region = owner.areas[area].region.part(part.start, part.len());
+        owner.child.munmap(region)?;
+        for place in &mut owner.areas[area].places[part] {
+            *place = Place {
+                mapped: false,
+                mergeable: false,
+                page: None,
+            };
+        }
+        Ok(())
+    }
+
+    /// Moves an area, which the kernel unmerges first.
+    fn move_away(&mut self, process: usize, area: usize) -> Result<()> {
+        let owner = &mut self.processes[process];
+        let region = owner.areas[area].region;
+        let to = owner.child.map(Mapping::pages(region.pages))?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let moved = owner.child.remap(region, region.pages, flags, to.addr)?;
+        ensure!(moved == to, "memory was moved to {moved:?}, not to {to:?}");
+        owner.areas[area].region = moved;
+        for index in 0..region.pages {
+            self.separate(At {
+                process,
+                area,
+                index,
+            });
+        }
+        Ok(())
+    }
+
+    /// Brings the model to where `run=2` must end.
+    pub fn unmerge(&mut self) {
+        for at in self.all_places() {
+            self.separate(at);
+        }
+        self.crowds.clear();
+        self.totals = Totals::default();
+    }
+
+    /// Fails unless every byte of every page is what it should be.
+    pub fn verify(&mut self) -> Result<()> {
+        for (number, process) in self.processes.iter_mut().enumerate() {
+            let mut pages = Vec::new();
+            for area in &process.areas {
+                for (place, addr) in area.places.iter().zip(area.region.addresses()) {
+                    // A look at a hole would put a page there.
+                    if let Some(page) = place.page {
+                        pages.push((addr, page.pattern));
+                    }
+                }
+            }
+            let wrong = process.child.differing(&pages)?;
+            ensure!(
+                wrong.is_empty(),
+                "{} of {} pages of process {number} have the wrong contents, the first at {:#x}",
+                wrong.len(),
+                pages.len(),
+                wrong[0]
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether a producer has a record of this place.
+    fn is_item(&self, place: &Place) -> bool {
+        place.mergeable && place.page.is_some_and(|page| page.frame != Frame::Zero)
+    }
+
+    fn count(&self, which: impl Fn(&Place) -> bool) -> u64 {
+        let places = self.processes.iter().flat_map(|process| &process.areas);
+        let places = places.flat_map(|area| &area.places);
+        places.filter(|place| which(place)).count() as u64
+    }
+
+    /// What must be seen now, after [`World::settle`]; or after `run=2`, when nothing is known of any page.
+    pub fn predict(&self, when: &str) -> Record {
+        let at_rest = self.totals != Totals::default();
+        let mut record = Record::default();
+        let counters = format!("{when}: counters");
+        let zero = self.count(is_zero);
+        for (name, value) in [
+            ("pages_shared", self.totals.shared),
+            ("pages_sharing", self.totals.sharing),
+            ("pages_unshared", self.totals.unshared),
+            ("pages_volatile", self.totals.volatile),
+            ("ksm_zero_pages", zero),
+            ("stable_node_chains", self.totals.chains),
+            ("stable_node_dups", self.totals.dups),
+        ] {
+            record.note(&counters, name, value);
+        }
+        let mut mappings: HashMap<Frame, u64> = HashMap::new();
+        for at in self.all_places() {
+            if let Some(page) = self.place(at).page {
+                *mappings.entry(page.frame).or_default() += 1;
+            }
+        }
+        for (index, crowd) in self.crowds.iter().enumerate() {
+            record.note(
+                format!("{when}: content {index} with many copies"),
+                "mappings",
+                format!("{:?}", crowd.mappings),
+            );
+        }
+        let mut numbers = Numbers::default();
+        for (number, process) in self.processes.iter().enumerate() {
+            let topic = format!("{when}: process {number}");
+            let places = || process.areas.iter().flat_map(|area| &area.places);
+            let items = places().filter(|place| at_rest && self.is_item(place));
+            let left: u64 = self
+                .crowds
+                .iter()
+                .enumerate()
+                .filter(|(index, crowd)| {
+                    let frame = Frame::OneOf(*index);
+                    let has = |place: &Place| place.page.is_some_and(|page| page.frame == frame);
+                    // All of such a crowd are in one process.
+                    crowd.one_left && places().any(has)
+                })
+                .count() as u64;
+            let merged = places().filter(|place| is_merged(place)).count() as u64 - left;
+            record.note(&topic, "ksm_rmap_items", items.count());
+            record.note(&topic, "ksm_merging_pages", merged);
+            record.note(&topic, "ksm_merging_pages by itself", merged);
+            record.note(
+                &topic,
+                "ksm_zero_pages",
+                places().filter(|place| is_zero(place)).count(),
+            );
+            record.note(&topic, "ksm_merge_any", "no");
+            let mergeable = places().any(|place| place.mergeable);
+            record.note(
+                &topic,
+                "ksm_mergeable",
+                if mergeable { "yes" } else { "no" },
+            );
+            for (index, area) in process.areas.iter().enumerate() {
+                let topic = format!("{topic} area {index}");
+                let kb = |which: fn(&Place) -> bool| {
+                    area.places.iter().filter(|place| which(place)).count() * PAGE / 1024
+                };
+                record.note(&topic, "Size", kb(|place| place.mapped));
+                record.note(
+                    &topic,
+                    "Rss",
+                    kb(|place| place.page.is_some() && !is_zero(place)),
+                );
+                if !self.has_left_over(area) {
+                    record.note(&topic, "KSM", kb(is_merged));
+                }
+                record.note(&topic, "Swap", 0);
+                let tokens = area.places.iter().map(|place| match place.page {
+                    None => "-".to_owned(),
+                    Some(page) => match page.frame {
+                        Frame::Zero => "zero".to_owned(),
+                        Frame::OneOf(crowd) => format!("of-{crowd}"),
+                        frame => {
+                            let kind = if matches!(frame, Frame::Merged(_)) {
+                                "ksm"
+                            } else {
+                                "own"
+                            };
+                            format!("{kind}-{}x{}", numbers.of(frame), mappings[&frame])
+                        }
+                    },
+                });
+                record.note(&topic, "pages", tokens.collect::<Vec<_>>().join(" "));
+            }
+        }
+        record
+    }
+
+    /// Whether one of an area's pages may be the one that found no partner.
+    fn has_left_over(&self, area: &Area) -> bool {
+        area.places.iter().any(|place| match place.page {
+            Some(Page {
+                frame: Frame::OneOf(crowd),
+                ..
+            }) => self.crowds[crowd].one_left,
+            _ => false,
+        })
+    }
+
+    /// What is seen now. Where the rules leave a choice, it is not told.
+    pub fn observe(&self, when: &str, ksm: &Ksm) -> Result<Record> {
+        let mut record = Record::default();
+        let counters = format!("{when}: counters");
+        for name in [
+            "pages_shared",
+            "pages_sharing",
+            "pages_unshared",
+            "pages_volatile",
+            "ksm_zero_pages",
+            "stable_node_chains",
+            "stable_node_dups",
+        ] {
+            if ksm.has(name) {
+                record.note(&counters, name, ksm.read(name)?);
+            }
+        }
+        let mut crowds: Vec<BTreeMap<Pfn, u64>> = vec![BTreeMap::new(); self.crowds.len()];
+        let mut numbers = Numbers::default();
+        for (number, process) in self.processes.iter().enumerate() {
+            let topic = format!("{when}: process {number}");
+            let pid = process.child.pid();
+            for (name, value) in procfs::ksm_stat_lines(pid)? {
+                record.note(&topic, name, value);
+            }
+            record.note(
+                &topic,
+                "ksm_merging_pages by itself",
+                procfs::ksm_merging_pages(pid)?,
+            );
+            for (index, area) in process.areas.iter().enumerate() {
+                let topic = format!("{topic} area {index}");
+                let undetermined = |name: &str| match name {
+                    "Pss" => area.places.iter().any(is_of_crowd),
+                    // The one that is left over is a page of its own.
+                    "Shared_Clean" | "Shared_Dirty" | "Private_Clean" | "Private_Dirty" | "KSM" => {
+                        self.has_left_over(area)
+                    }
+                    _ => false,
+                };
+                let (smaps, areas) = procfs::smaps_within(pid, area.region)?;
+                record.note(&topic, "areas", areas);
+                for name in SMAPS {
+                    if !undetermined(name) {
+                        record.note(&topic, name, smaps.get(name).copied().unwrap_or_default());
+                    }
+                }
+                let (mut tokens, mut flags) = (Vec::new(), Vec::new());
+                let entries = procfs::map_entries(pid, area.region)?;
+                for (place, entry) in area.places.iter().zip(entries) {
+                    let Some(pfn) = entry.pfn() else {
+                        ensure!(!entry.swapped(), "a page was swapped out");
+                        tokens.push("-".to_owned());
+                        flags.push(String::new());
+                        continue;
+                    };
+                    let seen = pfn.flags()?;
+                    let token = match place.page.map(|page| page.frame) {
+                        Some(Frame::OneOf(crowd)) => {
+                            if seen.ksm() {
+                                *crowds[crowd].entry(pfn).or_default() += 1;
+                            }
+                            format!("of-{crowd}")
+                        }
+                        _ if seen.zero_page() => "zero".to_owned(),
+                        _ => {
+                            let kind = if seen.ksm() { "ksm" } else { "own" };
+                            format!("{kind}-{}x{}", numbers.of(pfn), procfs::mappings(pfn)?)
+                        }
+                    };
+                    tokens.push(token);
+                    flags.push(seen.lasting());
+                }
+                record.note(&topic, "pages", tokens.join(" "));
+                if !self.has_left_over(area) {
+                    record.note(&topic, "flags", flags.join(" "));
+                }
+            }
+        }
+        for (index, crowd) in crowds.into_iter().enumerate() {
+            let mut mappings: Vec<u64> = crowd.into_values().collect();
+            mappings.sort_unstable();
+            record.note(
+                format!("{when}: content {index} with many copies"),
+                "mappings",
+                format!("{mappings:?}"),
+            );
+        }
+        self.check_profit(ksm).context(when.to_owned())?;
+        Ok(record)
+    }
+
+    /// What is saved, less what the records of pages cost, which is each producer's own affair within reason.
+    fn check_profit(&self, ksm: &Ksm) -> Result<()> {
+        const MOST_PER_ITEM: u64 = 160;
+        if !ksm.has("general_profit") {
+            return Ok(());
+        }
+        let profit: i64 = ksm.text("general_profit")?.trim_end().parse()?;
+        let saved = (ksm.read("pages_sharing")? + ksm.read("ksm_zero_pages")?) * PAGE as u64;
+        let items = ["shared", "sharing", "unshared", "volatile"]
+            .iter()
+            .map(|name| ksm.read(&format!("pages_{name}")))
+            .sum::<Result<u64>>()?;
+        let least = saved as i64 - (items * MOST_PER_ITEM) as i64;
+        ensure!(
+            (least..saved as i64).contains(&profit) || items == 0 && profit == saved as i64,
+            "general_profit is {profit}, with {saved} bytes saved and {items} records"
+        );
+        Ok(())
+    }
+}
+
+/// Numbers for things in the order of their first appearance.
+#[derive(Debug)]
+struct Numbers<T>(HashMap<T, usize>);
+
+impl<T> Default for Numbers<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T: std::hash::Hash + Eq> Numbers<T> {
+    fn of(&mut self, thing: T) -> usize {
+        let next = self.0.len();
+        *self.0.entry(thing).or_insert(next)
+    }
+}
+
+/// A place in a world.
+#[derive(Clone, Copy, Debug)]
+struct At {
+    process: usize,
+    area: usize,
+    index: usize,
+}
+
+fn is_zero(place: &Place) -> bool {
+    place.page.is_some_and(|page| page.frame == Frame::Zero)
+}
+
+fn is_of_crowd(place: &Place) -> bool {
+    place
+        .page
+        .is_some_and(|page| matches!(page.frame, Frame::OneOf(_)))
+}
+
+fn is_merged(place: &Place) -> bool {
+    place
+        .page
+        .is_some_and(|page| matches!(page.frame, Frame::Merged(_) | Frame::OneOf(_)))
+}
+
+/// Some of `pages`, neither none nor all.
+fn part(random: &mut Rng, pages: usize) -> std::ops::Range<usize> {
+    let start = random.usize(..pages - 1);
+    let end = random.usize(start + 1..=pages);
+    if (start, end) == (0, pages) {
+        return 0..pages - 1;
+    }
+    start..end
+}
