@@ -4,6 +4,8 @@
 //!     KSM_DIR=/sys/kernel/mm/ksm e2e          the same against the kernel's own KSM
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 
+mod advisor;
+mod events;
 mod fork;
 mod hugepages;
 mod hwpoison;
@@ -12,10 +14,15 @@ mod lifecycle;
 mod merging;
 mod numa;
 mod pins;
+mod prctl;
+mod proc_files;
 mod reclaim;
+mod sharing_limit;
+mod smart_scan;
 mod unmerge;
 mod userfault;
 mod while_scanning;
+mod zero_pages;
 
 use ksm_e2e::Ksm;
 use ksm_e2e::child;
@@ -33,6 +40,13 @@ fn main() -> anyhow::Result<()> {
     tests.extend(knobs::untouched_tests());
     tests.extend(knobs::tests());
     tests.extend(merging::tests());
+    tests.extend(zero_pages::tests());
+    tests.extend(sharing_limit::tests());
+    tests.extend(smart_scan::tests());
+    tests.extend(advisor::tests());
+    tests.extend(proc_files::tests());
+    tests.extend(prctl::tests());
+    tests.extend(events::tests());
     tests.extend(fork::tests());
     tests.extend(unmerge::tests());
     tests.extend(hugepages::tests());
@@ -43,6 +57,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
+        tests.extend(events::module_tests());
         tests.extend(lifecycle::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()

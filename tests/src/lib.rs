@@ -12,10 +12,12 @@ pub mod ksm;
 pub mod memory;
 pub mod module;
 pub mod numa;
+pub mod passes;
 pub mod procfs;
 pub mod runner;
 pub mod slow_file;
 pub mod swap;
+pub mod trace;
 pub mod userfault;
 pub mod wait;
 
@@ -23,3 +25,4 @@ pub use child::Child;
 pub use ksm::Ksm;
 pub use memory::Content;
 pub use memory::Region;
+pub use passes::Passes;

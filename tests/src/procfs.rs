@@ -15,6 +15,7 @@ use crate::memory::Region;
 const KPF_ANON: u64 = 12;
 const KPF_HWPOISON: u64 = 19;
 const KPF_KSM: u64 = 21;
+const KPF_ZERO_PAGE: u64 = 24;
 const KPF_MLOCKED: u64 = 33;
 
 /// Bits of `/proc/<pid>/pagemap`.
@@ -54,6 +55,11 @@ impl PageFlags {
     /// An anonymous page.
     pub fn anonymous(self) -> bool {
         self.bit(KPF_ANON)
+    }
+
+    /// The kernel's page of zeroes.
+    pub fn zero_page(self) -> bool {
+        self.bit(KPF_ZERO_PAGE)
     }
 
     /// A page that must not be used any more.
@@ -141,6 +147,11 @@ fn process_file(pid: i32, file: &str) -> Result<String> {
     fs::read_to_string(&path).context(path)
 }
 
+/// The whole of `/proc/<pid>/ksm_stat`.
+pub fn ksm_stat_text(pid: i32) -> Result<String> {
+    process_file(pid, "ksm_stat")
+}
+
 /// A number from `/proc/<pid>/ksm_stat`.
 pub fn ksm_stat(pid: i32, name: &str) -> Result<u64> {
     field(&process_file(pid, "ksm_stat")?, name)
@@ -178,6 +189,22 @@ pub fn smaps_kb(pid: i32, region: Region, name: &str) -> Result<u64> {
         })
         .collect();
     field(&area.join("\n"), name)
+}
+
+/// Whether the area that starts exactly at the region has a flag, by its two letters in `/proc/<pid>/smaps`.
+pub fn has_vm_flag(pid: i32, region: Region, flag: &str) -> Result<bool> {
+    let text = process_file(pid, "smaps")?;
+    let start = format!("{:x}-", region.addr);
+    let mut lines = text.lines().skip_while(|line| !line.starts_with(&start));
+    let flags = lines
+        .find_map(|line| line.strip_prefix("VmFlags:"))
+        .with_context(|| {
+            format!(
+                "process {pid} has no area that starts at {:#x}",
+                region.addr
+            )
+        })?;
+    Ok(flags.split_whitespace().any(|word| word == flag))
 }
 
 /// A number from `/proc/vmstat`.
