@@ -18,6 +18,8 @@ use ksm_e2e::ksm::STOCK;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::module;
 use ksm_e2e::procfs;
+use ksm_e2e::swap::Group;
+use ksm_e2e::swap::Swap;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 use nix::errno::Errno;
@@ -35,6 +37,9 @@ ksm_e2e::tests![module_test:
     fifty_lives_leave_nothing_behind,
     unloading_while_processes_come_and_go,
     unloading_at_full_speed_keeps_memory_right,
+    unloading_leaves_pages_in_swap_alone,
+    unloading_while_pages_are_read_back,
+    unloading_takes_zero_pages_away,
     an_idle_module_wakes_nobody,
 ];
 
@@ -513,6 +518,90 @@ fn unloading_at_full_speed_keeps_memory_right(ksm: &Ksm) -> Result<()> {
             .with_context(|| format!("in life {life}"))?;
     }
     Ok(())
+}
+
+fn unloading_leaves_pages_in_swap_alone(ksm: &Ksm) -> Result<()> {
+    let swap = Swap::on(8192)?;
+    let group = Group::new()?;
+    module::load("")?;
+    // Before there is any memory: it belongs to the group that it was touched in.
+    group.enter()?;
+    let mut pair = Pair::spawn()?;
+    merge(ksm)?;
+    group.swap_out(&[(&pair.one, pair.here), (&pair.other, pair.there)])?;
+    // Some of it is back in memory, for one process only.
+    pair.one.verify(pair.here.part(0, PAGES / 4), CONTENT)?;
+    let used = swap.used_kb()?;
+    module::unload()?;
+    ensure!(
+        used > 0 && swap.used_kb()? > 0,
+        "unloading has read swap back"
+    );
+    pair.expect_private()?;
+    let (mine, theirs) = (pair.one.pfns(pair.here)?, pair.other.pfns(pair.there)?);
+    ensure!(
+        mine.iter().all(|pfn| !theirs.contains(pfn)),
+        "the processes share pages"
+    );
+    // Again, with a module that finds the pages in swap when it is loaded.
+    group.swap_out(&[(&pair.one, pair.here), (&pair.other, pair.there)])?;
+    module::load("")?;
+    pair.verify()?;
+    merge(ksm)?;
+    pair.verify()?;
+    drop((pair, group));
+    swap.off()
+}
+
+fn unloading_while_pages_are_read_back(ksm: &Ksm) -> Result<()> {
+    let pages = 512;
+    let swap = Swap::on(8192)?;
+    let group = Group::new()?;
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    group.add(&one)?;
+    group.add(&other)?;
+    let here = one.map_mergeable(pages, CONTENT)?;
+    let there = other.map_mergeable(pages, CONTENT)?;
+    for _ in 0..3 {
+        module::load("")?;
+        ksm.scan_fast()?;
+        ksm.write("smart_scan", 0)?;
+        ksm.merge_until(Counters::merged(pages as u64, pages as u64))?;
+        group.swap_out(&[(&one, here), (&other, there)])?;
+        one.begin_verify(here)?;
+        other.begin_verify(there)?;
+        module::unload()?;
+        one.finish_verify(CONTENT)?;
+        other.finish_verify(CONTENT)?;
+        ensure!(
+            one.ksm_pages(here)? == 0 && other.ksm_pages(there)? == 0,
+            "merged pages have outlived the module"
+        );
+    }
+    drop((one, other, group));
+    swap.off()
+}
+
+fn unloading_takes_zero_pages_away(ksm: &Ksm) -> Result<()> {
+    module::load("")?;
+    ksm.write("use_zero_pages", 1)?;
+    let mut child = Child::spawn()?;
+    let region = child.map_mergeable(PAGES, Content::Zero)?;
+    ksm.scan_fast()?;
+    ksm.start()?;
+    wait::until("the empty pages are replaced", PATIENCE, || {
+        Ok(procfs::ksm_stat(child.pid(), "ksm_zero_pages")? == PAGES as u64)
+    })?;
+    module::unload()?;
+    ensure!(
+        procfs::ksm_stat(child.pid(), "ksm_zero_pages")? == 0
+            && stock().read("ksm_zero_pages")? == 0,
+        "zero pages have outlived the module"
+    );
+    for pfn in child.pfns(region)? {
+        ensure!(!pfn.flags()?.zero_page(), "a page is still the zero page");
+    }
+    child.verify(region, Content::Zero)
 }
 
 fn an_idle_module_wakes_nobody(ksm: &Ksm) -> Result<()> {

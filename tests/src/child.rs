@@ -346,6 +346,21 @@ impl Child {
             .with_context(|| format!("memory of helper {}", self.pid))
     }
 
+    /// Starts reading all of a region; [`Child::finish_verify`] waits for its end.
+    pub fn begin_verify(&mut self, region: Region) -> Result<()> {
+        self.begin(&Command::Checksums(region))
+    }
+
+    /// Waits until the region is read, and fails unless it contains exactly this.
+    pub fn finish_verify(&mut self, content: Content) -> Result<()> {
+        match self.finish()? {
+            Reply::Checksums(sums) => content
+                .check(&sums)
+                .with_context(|| format!("memory of helper {}", self.pid)),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
     /// Checksums of pages.
     pub fn checksums(&mut self, region: Region) -> Result<Vec<u64>> {
         match self.order(&Command::Checksums(region))? {

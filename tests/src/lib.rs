@@ -12,9 +12,11 @@ pub mod freezer;
 pub mod hotplug;
 pub mod kmsg;
 pub mod ksm;
+pub mod ksm_events;
 pub mod memory;
 pub mod module;
 pub mod numa;
+pub mod passes;
 pub mod procfs;
 pub mod record;
 pub mod runner;
@@ -30,6 +32,7 @@ pub use child::Child;
 pub use ksm::Ksm;
 pub use memory::Content;
 pub use memory::Region;
+pub use passes::Passes;
 
 /// The seeds to use for what is made at random: those given, or the one that the environment variable
 /// `KSM_E2E_SEED` names.

@@ -84,11 +84,6 @@ impl PageFlags {
         self.0 >> bit & 1 == 1
     }
 
-    /// The zero page.
-    pub fn zero_page(self) -> bool {
-        self.bit(KPF_ZERO_PAGE)
-    }
-
     /// The names of those flags that do not depend on who looked at the page, or which list it waits in.
     pub fn lasting(self) -> String {
         let names = LASTING.iter().filter(|(bit, _)| self.bit(*bit));
@@ -103,6 +98,11 @@ impl PageFlags {
     /// An anonymous page.
     pub fn anonymous(self) -> bool {
         self.bit(KPF_ANON)
+    }
+
+    /// The kernel's page of zeroes.
+    pub fn zero_page(self) -> bool {
+        self.bit(KPF_ZERO_PAGE)
     }
 
     /// A page that must not be used any more.
@@ -200,6 +200,11 @@ fn process_file(pid: i32, file: &str) -> Result<String> {
     fs::read_to_string(&path).context(path)
 }
 
+/// The whole of `/proc/<pid>/ksm_stat`.
+pub fn ksm_stat_text(pid: i32) -> Result<String> {
+    process_file(pid, "ksm_stat")
+}
+
 /// A number from `/proc/<pid>/ksm_stat`.
 pub fn ksm_stat(pid: i32, name: &str) -> Result<u64> {
     field(&process_file(pid, "ksm_stat")?, name)
@@ -280,6 +285,22 @@ pub fn state(pid: i32) -> Result<char> {
     let line = status.lines().find_map(|line| line.strip_prefix("State:"));
     line.and_then(|line| line.trim_start().chars().next())
         .with_context(|| format!("no state of process {pid}"))
+}
+
+/// Whether the area that starts exactly at the region has a flag, by its two letters in `/proc/<pid>/smaps`.
+pub fn has_vm_flag(pid: i32, region: Region, flag: &str) -> Result<bool> {
+    let text = process_file(pid, "smaps")?;
+    let start = format!("{:x}-", region.addr);
+    let mut lines = text.lines().skip_while(|line| !line.starts_with(&start));
+    let flags = lines
+        .find_map(|line| line.strip_prefix("VmFlags:"))
+        .with_context(|| {
+            format!(
+                "process {pid} has no area that starts at {:#x}",
+                region.addr
+            )
+        })?;
+    Ok(flags.split_whitespace().any(|word| word == flag))
 }
 
 /// A number from `/proc/vmstat`.
