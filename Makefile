@@ -33,7 +33,7 @@ help:
 	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
 	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|selftests; DEBUG=1"
 	@echo "make lint       check formatting, clippy, shellcheck and where unsafe code may stand"
-	@echo "make selftests  build the kernel's own KSM selftests into the cache (make test does it by itself)"
+	@echo "make selftests  run the kernel's own selftests without the module and with it, and compare; DEBUG=1"
 	@echo "make clean      remove what was built here; the cache with the kernels stays"
 	@echo "make help       this list"
 	@echo "scripts/vm      run a command in the test VM with the module loaded; scripts/vm --help"

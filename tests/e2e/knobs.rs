@@ -42,7 +42,6 @@ ksm_e2e::tests![
     max_page_sharing_accepts_what_it_should,
     read_only_files_refuse_writes,
     only_root_may_write,
-    max_page_sharing_cannot_change_while_pages_are_shared,
     a_new_sleeping_time_ends_the_sleep,
     pages_to_scan_limits_what_is_scanned_at_a_time,
     pages_scanned_and_full_scans_count,
@@ -333,39 +332,6 @@ fn only_root_may_write(ksm: &Ksm) -> Result<()> {
     }
     ensure!(readable, "a file cannot be read by everybody");
     Ok(())
-}
-
-fn max_page_sharing_cannot_change_while_pages_are_shared(ksm: &Ksm) -> Result<()> {
-    let content = Content::Distinct(1);
-    let mut child = Child::spawn()?;
-    let (here, there) = (
-        child.map_mergeable(8, content)?,
-        child.map_mergeable(8, content)?,
-    );
-    ksm.merge_until(Counters::merged(8, 8))?;
-    let value = ksm.read("max_page_sharing")?;
-    let result = ksm.write_bytes("max_page_sharing", b"12");
-    ensure!(
-        result == Err(Errno::EBUSY),
-        "changing max_page_sharing: {result:?}"
-    );
-    ensure!(
-        ksm.read("max_page_sharing")? == value,
-        "max_page_sharing has changed"
-    );
-    // Writing what it is already is no change, and nonsense is still nonsense.
-    ksm.write("max_page_sharing", value)?;
-    let result = ksm.write_bytes("max_page_sharing", b"1");
-    ensure!(
-        result == Err(Errno::EINVAL),
-        "setting max_page_sharing to 1: {result:?}"
-    );
-    ksm.unmerge()?;
-    ksm.write("max_page_sharing", 12)?;
-    ksm.merge_until(Counters::merged(8, 8))?;
-    child.verify(here, content)?;
-    child.verify(there, content)?;
-    ksm.unmerge()
 }
 
 fn a_new_sleeping_time_ends_the_sleep(ksm: &Ksm) -> Result<()> {

@@ -13,12 +13,13 @@ use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::Region;
-use ksm_e2e::kmsg::Log;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::STOCK;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::module;
 use ksm_e2e::procfs;
+use ksm_e2e::swap::Group;
+use ksm_e2e::swap::Swap;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 use nix::errno::Errno;
@@ -28,8 +29,6 @@ ksm_e2e::tests![module_test:
     loading_is_refused_while_stock_ksm_holds_pages,
     stock_files_make_way_for_a_link_and_come_back,
     without_drop_in_there_is_no_link,
-    a_second_load_is_refused,
-    wrong_parameters_are_refused,
     run_can_be_a_parameter,
     memory_that_was_advised_before_loading_is_found,
     unloading_restores_every_page_and_stock_ksm,
@@ -38,6 +37,9 @@ ksm_e2e::tests![module_test:
     fifty_lives_leave_nothing_behind,
     unloading_while_processes_come_and_go,
     unloading_at_full_speed_keeps_memory_right,
+    unloading_leaves_pages_in_swap_alone,
+    unloading_while_pages_are_read_back,
+    unloading_takes_zero_pages_away,
     an_idle_module_wakes_nobody,
 ];
 
@@ -110,26 +112,8 @@ fn merge(ksm: &Ksm) -> Result<()> {
 
 /// Tries to load, expects to be refused with this error and one line in the log.
 fn expect_refusal(parameters: &str, wanted: Errno) -> Result<String> {
-    let mut log = Log::from_now()?;
-    let result = module::try_load(parameters)?;
-    ensure!(
-        result == Err(wanted),
-        "loading with {parameters:?}: {result:?} instead of {wanted:?}"
-    );
-    ensure!(
-        !module::loaded()?,
-        "the module is there though it was refused"
-    );
-    let lines = log.lines()?;
-    let ours: Vec<&String> = lines
-        .iter()
-        .filter(|line| line.starts_with("ksm_rs: ") && !line.contains("taint"))
-        .collect();
-    ensure!(
-        ours.len() == 1,
-        "the log should have one line about it: {lines:#?}"
-    );
-    Ok(ours[0].clone())
+    module::expect_refusal(wanted, || module::try_load(parameters))
+        .with_context(|| format!("loading with {parameters:?}"))
 }
 
 fn loading_is_refused_while_stock_ksm_runs(ksm: &Ksm) -> Result<()> {
@@ -251,64 +235,6 @@ fn without_drop_in_there_is_no_link(ksm: &Ksm) -> Result<()> {
         "stock's files are not what they were"
     );
     pair.expect_private()
-}
-
-fn a_second_load_is_refused(ksm: &Ksm) -> Result<()> {
-    module::load("")?;
-    let mut pair = Pair::spawn()?;
-    merge(ksm)?;
-    let files = ksm.snapshot()?;
-    let result = module::try_load("")?;
-    ensure!(result == Err(Errno::EEXIST), "loading it twice: {result:?}");
-    ensure!(
-        ksm.snapshot()? == files,
-        "the second load has changed something"
-    );
-    ksm.expect(merged())?;
-    pair.verify()
-}
-
-fn wrong_parameters_are_refused(_: &Ksm) -> Result<()> {
-    let files = stock().snapshot()?;
-    for parameters in ["run=3", "run=4294967295"] {
-        expect_refusal(parameters, Errno::EINVAL)?;
-    }
-    // What is no number, or no truth, the kernel refuses by itself.
-    let cases = [
-        ("run=-1", Errno::EINVAL),
-        ("run=x", Errno::EINVAL),
-        ("run=", Errno::EINVAL),
-        ("drop_in=maybe", Errno::EINVAL),
-        ("kallsyms_lookup_name=x", Errno::EINVAL),
-    ];
-    for (parameters, wanted) in cases {
-        let result = module::try_load(parameters)?;
-        let refused = matches!(result, Err(errno) if errno == wanted || errno == Errno::ERANGE);
-        ensure!(
-            refused,
-            "loading with {parameters:?}: {result:?} instead of {wanted:?}"
-        );
-        ensure!(
-            !module::loaded()?,
-            "the module is there though it was refused"
-        );
-    }
-    ensure!(
-        stock().snapshot()? == files,
-        "a refusal has changed stock's files"
-    );
-    // A parameter that does not exist is not the module's to refuse: the kernel says so in the log, and loads it.
-    let mut log = Log::from_now()?;
-    module::load("no_such_parameter=1")?;
-    let lines = log.lines()?;
-    let told = lines
-        .iter()
-        .any(|line| line.contains("unknown parameter 'no_such_parameter'"));
-    ensure!(
-        told,
-        "the log does not say that the parameter is unknown: {lines:#?}"
-    );
-    Ok(())
 }
 
 fn run_can_be_a_parameter(ksm: &Ksm) -> Result<()> {
@@ -592,6 +518,90 @@ fn unloading_at_full_speed_keeps_memory_right(ksm: &Ksm) -> Result<()> {
             .with_context(|| format!("in life {life}"))?;
     }
     Ok(())
+}
+
+fn unloading_leaves_pages_in_swap_alone(ksm: &Ksm) -> Result<()> {
+    let swap = Swap::on(8192)?;
+    let group = Group::new()?;
+    module::load("")?;
+    // Before there is any memory: it belongs to the group that it was touched in.
+    group.enter()?;
+    let mut pair = Pair::spawn()?;
+    merge(ksm)?;
+    group.swap_out(&[(&pair.one, pair.here), (&pair.other, pair.there)])?;
+    // Some of it is back in memory, for one process only.
+    pair.one.verify(pair.here.part(0, PAGES / 4), CONTENT)?;
+    let used = swap.used_kb()?;
+    module::unload()?;
+    ensure!(
+        used > 0 && swap.used_kb()? > 0,
+        "unloading has read swap back"
+    );
+    pair.expect_private()?;
+    let (mine, theirs) = (pair.one.pfns(pair.here)?, pair.other.pfns(pair.there)?);
+    ensure!(
+        mine.iter().all(|pfn| !theirs.contains(pfn)),
+        "the processes share pages"
+    );
+    // Again, with a module that finds the pages in swap when it is loaded.
+    group.swap_out(&[(&pair.one, pair.here), (&pair.other, pair.there)])?;
+    module::load("")?;
+    pair.verify()?;
+    merge(ksm)?;
+    pair.verify()?;
+    drop((pair, group));
+    swap.off()
+}
+
+fn unloading_while_pages_are_read_back(ksm: &Ksm) -> Result<()> {
+    let pages = 512;
+    let swap = Swap::on(8192)?;
+    let group = Group::new()?;
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    group.add(&one)?;
+    group.add(&other)?;
+    let here = one.map_mergeable(pages, CONTENT)?;
+    let there = other.map_mergeable(pages, CONTENT)?;
+    for _ in 0..3 {
+        module::load("")?;
+        ksm.scan_fast()?;
+        ksm.write("smart_scan", 0)?;
+        ksm.merge_until(Counters::merged(pages as u64, pages as u64))?;
+        group.swap_out(&[(&one, here), (&other, there)])?;
+        one.begin_verify(here)?;
+        other.begin_verify(there)?;
+        module::unload()?;
+        one.finish_verify(CONTENT)?;
+        other.finish_verify(CONTENT)?;
+        ensure!(
+            one.ksm_pages(here)? == 0 && other.ksm_pages(there)? == 0,
+            "merged pages have outlived the module"
+        );
+    }
+    drop((one, other, group));
+    swap.off()
+}
+
+fn unloading_takes_zero_pages_away(ksm: &Ksm) -> Result<()> {
+    module::load("")?;
+    ksm.write("use_zero_pages", 1)?;
+    let mut child = Child::spawn()?;
+    let region = child.map_mergeable(PAGES, Content::Zero)?;
+    ksm.scan_fast()?;
+    ksm.start()?;
+    wait::until("the empty pages are replaced", PATIENCE, || {
+        Ok(procfs::ksm_stat(child.pid(), "ksm_zero_pages")? == PAGES as u64)
+    })?;
+    module::unload()?;
+    ensure!(
+        procfs::ksm_stat(child.pid(), "ksm_zero_pages")? == 0
+            && stock().read("ksm_zero_pages")? == 0,
+        "zero pages have outlived the module"
+    );
+    for pfn in child.pfns(region)? {
+        ensure!(!pfn.flags()?.zero_page(), "a page is still the zero page");
+    }
+    child.verify(region, Content::Zero)
 }
 
 fn an_idle_module_wakes_nobody(ksm: &Ksm) -> Result<()> {

@@ -5,7 +5,11 @@
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 //!     KSM_E2E_SEED=42 e2e                     another seed for what is made at random
 
+mod advisor;
+mod events;
 mod fork;
+mod freezer;
+mod hotplug;
 mod hugepages;
 mod hwpoison;
 mod knobs;
@@ -13,12 +17,18 @@ mod lifecycle;
 mod merging;
 mod numa;
 mod pins;
+mod prctl;
+mod proc_files;
 mod reclaim;
+mod refusals;
+mod sharing_limit;
+mod smart_scan;
 mod stock_interface;
 mod stock_results;
 mod unmerge;
 mod userfault;
 mod while_scanning;
+mod zero_pages;
 
 use ksm_e2e::Ksm;
 use ksm_e2e::child;
@@ -40,17 +50,28 @@ fn main() -> anyhow::Result<()> {
     tests.extend(knobs::untouched_tests());
     tests.extend(knobs::tests());
     tests.extend(merging::tests());
+    tests.extend(zero_pages::tests());
+    tests.extend(sharing_limit::tests());
+    tests.extend(smart_scan::tests());
+    tests.extend(advisor::tests());
+    tests.extend(proc_files::tests());
+    tests.extend(prctl::tests());
+    tests.extend(events::tests());
     tests.extend(fork::tests());
     tests.extend(unmerge::tests());
     tests.extend(hugepages::tests());
     tests.extend(pins::tests());
     tests.extend(reclaim::tests());
     tests.extend(numa::tests());
+    tests.extend(hotplug::tests());
+    tests.extend(freezer::tests());
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
+        tests.extend(events::module_tests());
         tests.extend(lifecycle::tests());
+        tests.extend(refusals::tests());
         tests.extend(stock_results::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()

@@ -1,7 +1,5 @@
 //! What merges and what does not.
 
-use std::collections::HashMap;
-
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
@@ -9,28 +7,21 @@ use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::ksm::Counters;
-use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
-use ksm_e2e::procfs;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 
 ksm_e2e::tests![
     identical_pages_of_two_processes_merge_and_read_back_right,
     identical_pages_of_one_process_become_one_page,
-    every_page_of_zeroes_becomes_one_page,
     pages_that_differ_in_one_byte_never_merge,
     pages_that_change_in_every_pass_are_volatile,
     a_page_of_two_hundred_processes_is_one_page,
-    no_page_has_more_sharers_than_allowed,
     pages_behind_any_protection_merge,
     only_memory_that_was_advised_merges,
     only_anonymous_memory_merges,
     areas_with_holes_merge,
-    proc_files_tell_the_truth,
-    a_process_marked_by_prctl_merges_and_so_do_its_children,
-    a_program_started_by_a_marked_process_is_marked,
 ];
 
 fn identical_pages_of_two_processes_merge_and_read_back_right(ksm: &Ksm) -> Result<()> {
@@ -79,19 +70,6 @@ fn identical_pages_of_one_process_become_one_page(ksm: &Ksm) -> Result<()> {
         "there is more than one page: {pfns:?}"
     );
     child.verify(region, content)
-}
-
-fn every_page_of_zeroes_becomes_one_page(ksm: &Ksm) -> Result<()> {
-    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
-    let here = one.map_mergeable(32, Content::Zero)?;
-    let there = other.map_mergeable(32, Content::Zero)?;
-    ksm.merge_until(Counters::merged(1, 63))?;
-    ensure!(
-        one.ksm_pages(here)? == 32,
-        "zeroes are not shown as KSM pages"
-    );
-    one.verify(here, Content::Zero)?;
-    other.verify(there, Content::Zero)
 }
 
 fn pages_that_differ_in_one_byte_never_merge(ksm: &Ksm) -> Result<()> {
@@ -204,34 +182,6 @@ fn a_page_of_two_hundred_processes_is_one_page(ksm: &Ksm) -> Result<()> {
         child.verify(region, content)?;
     }
     Ok(())
-}
-
-fn no_page_has_more_sharers_than_allowed(ksm: &Ksm) -> Result<()> {
-    let content = Content::Same(5);
-    ksm.write("max_page_sharing", 8)?;
-    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
-    let here = one.map_mergeable(25, content)?;
-    let there = other.map_mergeable(25, content)?;
-    // 50 = 6 * 8 + 2
-    ksm.merge_until(Counters::merged(7, 43))?;
-    let mut sharers = HashMap::new();
-    for pfn in one.pfns(here)?.into_iter().chain(other.pfns(there)?) {
-        *sharers.entry(pfn).or_insert(0_u32) += 1;
-    }
-    ensure!(
-        sharers.len() == 7,
-        "there are {} pages instead of 7",
-        sharers.len()
-    );
-    ensure!(
-        sharers.values().all(|&sharers| sharers <= 8),
-        "a page has too many sharers: {sharers:?}"
-    );
-    // It stays so.
-    ksm.scan_passes(3)?;
-    ksm.expect(Counters::merged(7, 43))?;
-    one.verify(here, content)?;
-    other.verify(there, content)
 }
 
 fn pages_behind_any_protection_merge(ksm: &Ksm) -> Result<()> {
@@ -347,159 +297,4 @@ fn areas_with_holes_merge(ksm: &Ksm) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn proc_files_tell_the_truth(ksm: &Ksm) -> Result<()> {
-    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
-    let merged = one.map_mergeable(64, Content::Distinct(10))?;
-    let unique = one.map_mergeable(32, Content::Distinct(1000))?;
-    let there = other.map_mergeable(64, Content::Distinct(10))?;
-    for child in [&one, &other] {
-        ensure!(
-            procfs::ksm_merging_pages(child.pid())? == 0,
-            "pages are counted as merged too early"
-        );
-        ensure!(
-            procfs::ksm_stat(child.pid(), "ksm_rmap_items")? == 0,
-            "pages are tracked before a scan"
-        );
-    }
-    ksm.merge_until(Counters::merged(64, 64).and_unshared(32))?;
-
-    for (child, tracked) in [(&one, 96), (&other, 64)] {
-        let pid = child.pid();
-        let seen = procfs::ksm_merging_pages(pid)?;
-        ensure!(
-            seen == 64,
-            "ksm_merging_pages of {pid} is {seen} instead of 64"
-        );
-        let seen = procfs::ksm_stat(pid, "ksm_merging_pages")?;
-        ensure!(
-            seen == 64,
-            "ksm_merging_pages in ksm_stat of {pid} is {seen} instead of 64"
-        );
-        let seen = procfs::ksm_stat(pid, "ksm_rmap_items")?;
-        ensure!(
-            seen == tracked,
-            "ksm_rmap_items of {pid} is {seen} instead of {tracked}"
-        );
-        let seen = procfs::ksm_stat(pid, "ksm_zero_pages")?;
-        ensure!(seen == 0, "ksm_zero_pages of {pid} is {seen} instead of 0");
-    }
-    let kb = |child: &Child, region| procfs::smaps_kb(child.pid(), region, "KSM");
-    ensure!(
-        kb(&one, merged)? == 256,
-        "smaps shows {} kB of KSM for 64 merged pages",
-        kb(&one, merged)?
-    );
-    ensure!(kb(&one, unique)? == 0, "smaps shows KSM for unmerged pages");
-    ensure!(
-        kb(&other, there)? == 256,
-        "smaps shows {} kB of KSM for 64 merged pages",
-        kb(&other, there)?
-    );
-
-    // A write is seen on the next pass.
-    one.fill(merged.part(0, 16), Content::Distinct(5000))?;
-    ensure!(
-        kb(&one, merged)? == 192,
-        "smaps counts pages that were written to"
-    );
-    ksm.merge_until(Counters {
-        shared: 64,
-        sharing: 48,
-        unshared: 48,
-        volatile: 0,
-    })?;
-    ensure!(
-        procfs::ksm_merging_pages(one.pid())? == 48,
-        "pages that were written to count as merged"
-    );
-    ensure!(
-        procfs::ksm_merging_pages(other.pid())? == 64,
-        "the only mapping of a merged page does not count"
-    );
-
-    ksm.unmerge()?;
-    for (child, region) in [(&one, merged), (&other, there)] {
-        ensure!(
-            procfs::ksm_merging_pages(child.pid())? == 0,
-            "unmerged pages count as merged"
-        );
-        ensure!(
-            procfs::ksm_stat(child.pid(), "ksm_rmap_items")? == 0,
-            "unmerged pages are still tracked"
-        );
-        ensure!(
-            kb(child, region)? == 0,
-            "smaps shows KSM for unmerged pages"
-        );
-    }
-    Ok(())
-}
-
-fn a_process_marked_by_prctl_merges_and_so_do_its_children(ksm: &Ksm) -> Result<()> {
-    let content = Content::Distinct(11);
-    let mut parent = Child::spawn()?;
-    parent.prctl(libc::PR_SET_MEMORY_MERGE, 1)?;
-    let region = parent.map(Mapping::pages(32))?;
-    parent.fill(region, content)?;
-    let mut child = parent.fork()?;
-    ensure!(
-        child.prctl(libc::PR_GET_MEMORY_MERGE, 0)? == 1,
-        "the mark was not inherited"
-    );
-    let new = child.map(Mapping::pages(32))?;
-    child.fill(new, content)?;
-
-    // Other memory of the two, heap and stack, is marked as well, so that absolute numbers cannot be demanded.
-    ksm.start()?;
-    wait::until("the pages are merged", PATIENCE, || {
-        Ok(parent.ksm_pages(region)? == 32
-            && child.ksm_pages(new)? == 32
-            && child.ksm_pages(region)? == 32)
-    })?;
-    parent.verify(region, content)?;
-    child.verify(region, content)?;
-    child.verify(new, content)?;
-
-    child.prctl(libc::PR_SET_MEMORY_MERGE, 0)?;
-    ensure!(
-        child.ksm_pages(new)? == 0 && child.ksm_pages(region)? == 0,
-        "taking the mark away does not unmerge"
-    );
-    ensure!(
-        parent.prctl(libc::PR_GET_MEMORY_MERGE, 0)? == 1,
-        "the parent has lost its mark"
-    );
-    parent.verify(region, content)?;
-    child.verify(region, content)?;
-    child.verify(new, content)
-}
-
-fn a_program_started_by_a_marked_process_is_marked(ksm: &Ksm) -> Result<()> {
-    let content = Content::Distinct(12);
-    let mut program = Child::spawn_program(|| {
-        // SAFETY: The call takes integers only.
-        let result = unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, 1_u64, 0_u64, 0_u64, 0_u64) };
-        nix::errno::Errno::result(result)
-            .map(drop)
-            .map_err(memory::os_error)
-    })?;
-    ensure!(
-        program.prctl(libc::PR_GET_MEMORY_MERGE, 0)? == 1,
-        "the mark was not inherited"
-    );
-    let (here, there) = (
-        program.map(Mapping::pages(32))?,
-        program.map(Mapping::pages(32))?,
-    );
-    program.fill(here, content)?;
-    program.fill(there, content)?;
-    ksm.start()?;
-    wait::until("the pages are merged", PATIENCE, || {
-        Ok(program.ksm_pages(here)? == 32 && program.ksm_pages(there)? == 32)
-    })?;
-    program.verify(here, content)?;
-    program.verify(there, content)
 }

@@ -1,5 +1,6 @@
 //! Merged pages under memory pressure: swap, mlock, compaction.
 
+use std::collections::HashSet;
 use std::fs;
 
 use anyhow::Context;
@@ -21,6 +22,8 @@ ksm_e2e::tests![
     merged_pages_are_swapped_out_and_come_back_right,
     swapped_out_pages_are_forgotten_and_found_again,
     run_2_leaves_nothing_of_swapped_out_pages,
+    run_2_while_pages_are_read_back_leaves_nothing,
+    zero_pages_are_not_swapped_out,
     turning_swap_off_brings_merged_pages_back,
     pages_read_back_from_swap_merge,
     reclaim_during_scanning_harms_nobody,
@@ -45,13 +48,17 @@ struct Scene {
 
 impl Scene {
     fn new() -> Result<Self> {
-        let swap = Swap::on(4096)?;
+        Self::of(PAGES)
+    }
+
+    fn of(pages: usize) -> Result<Self> {
+        let swap = Swap::on(8192)?;
         let group = Group::new()?;
         let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
         group.add(&one)?;
         group.add(&other)?;
-        let here = one.map_mergeable(PAGES, CONTENT)?;
-        let there = other.map_mergeable(PAGES, CONTENT)?;
+        let here = one.map_mergeable(pages, CONTENT)?;
+        let there = other.map_mergeable(pages, CONTENT)?;
         Ok(Self {
             one,
             here,
@@ -150,6 +157,65 @@ fn run_2_leaves_nothing_of_swapped_out_pages(ksm: &Ksm) -> Result<()> {
     }
     scene.one.fill(scene.here, Content::Distinct(9000))?;
     scene.other.verify(scene.there, CONTENT)
+}
+
+fn run_2_while_pages_are_read_back_leaves_nothing(ksm: &Ksm) -> Result<()> {
+    let mut scene = Scene::of(512)?;
+    for _ in 0..3 {
+        ksm.merge_until(Counters::merged(512, 512))?;
+        scene.swap_out()?;
+        // Both processes fault all of it in while it is unmerged.
+        scene.one.begin_verify(scene.here)?;
+        scene.other.begin_verify(scene.there)?;
+        ksm.unmerge()?;
+        ksm.expect(Counters::merged(0, 0))?;
+        scene.one.finish_verify(CONTENT)?;
+        scene.other.finish_verify(CONTENT)?;
+        for (child, region) in [(&scene.one, scene.here), (&scene.other, scene.there)] {
+            ensure!(
+                child.ksm_pages(region)? == 0
+                    && procfs::ksm_stat(child.pid(), "ksm_rmap_items")? == 0,
+                "run=2 has left something"
+            );
+        }
+        let (mine, theirs) = (scene.one.pfns(scene.here)?, scene.other.pfns(scene.there)?);
+        let theirs: HashSet<_> = theirs.into_iter().collect();
+        ensure!(
+            mine.iter().all(|pfn| !theirs.contains(pfn)),
+            "the processes still map the same pages"
+        );
+    }
+    Ok(())
+}
+
+fn zero_pages_are_not_swapped_out(ksm: &Ksm) -> Result<()> {
+    ksm.write("use_zero_pages", 1)?;
+    let mut scene = Scene::new()?;
+    let empty = scene.one.map_mergeable(PAGES, Content::Zero)?;
+    ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+    let zeroes = || ksm.read("ksm_zero_pages");
+    ensure!(
+        zeroes()? == PAGES as u64,
+        "the empty pages are not replaced"
+    );
+    let before = scene.one.pfns(empty)?;
+    scene.swap_out()?;
+    ensure!(
+        zeroes()? == PAGES as u64 && scene.one.pfns(empty)? == before,
+        "reclaim has taken zero pages away"
+    );
+    // An empty page that went to swap is an empty page again when it comes back.
+    let written = empty.part(0, 8);
+    scene.one.fill(written, Content::Zero)?;
+    ensure!(zeroes()? == PAGES as u64 - 8, "a write was not noticed");
+    scene.group.swap_out(&[(&scene.one, written)])?;
+    scene.one.verify(empty, Content::Zero)?;
+    ksm.start()?;
+    wait::until("the empty pages are replaced again", PATIENCE, || {
+        Ok(zeroes()? == PAGES as u64)
+    })?;
+    scene.one.verify(empty, Content::Zero)?;
+    scene.verify()
 }
 
 fn turning_swap_off_brings_merged_pages_back(ksm: &Ksm) -> Result<()> {

@@ -58,7 +58,7 @@ const SHAPE: Shape = Shape {
 
 /// Observes stock, then ksm_rs, with each of the seeds.
 fn compare(observe: impl Fn(&Ksm, &mut Rng) -> Result<Record>) -> Result<()> {
-    numa::require_two_nodes()?;
+    numa::require_nodes()?;
     let seeds = ksm_e2e::seeds(&SEEDS)?;
     let all = |ksm: &Ksm| {
         let mut records = Vec::new();

@@ -3,6 +3,7 @@
 //! A helper is a fork of the test (or of another helper) that executes commands which arrive on a socket, one at
 //! a time, and answers each. It is killed when its [`Child`] is dropped.
 
+use std::cell::RefCell;
 use std::fs;
 use std::io;
 use std::io::BufRead;
@@ -19,6 +20,7 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command as Program;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
@@ -30,6 +32,8 @@ use anyhow::anyhow;
 use anyhow::bail;
 use anyhow::ensure;
 use nix::errno::Errno;
+use nix::fcntl::SpliceFFlags;
+use nix::fcntl::vmsplice;
 use nix::poll::PollFd;
 use nix::poll::PollFlags;
 use nix::poll::PollTimeout;
@@ -50,6 +54,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::ForkResult;
 use nix::unistd::Pid;
 use nix::unistd::fork;
+use nix::unistd::pipe;
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -59,6 +64,7 @@ use crate::memory::Content;
 use crate::memory::Mapping;
 use crate::memory::Pattern;
 use crate::memory::Region;
+use crate::numa;
 use crate::procfs;
 use crate::procfs::MapEntry;
 use crate::procfs::Pfn;
@@ -110,6 +116,17 @@ enum Command {
         path: String,
         region: Region,
     },
+    WriteFile {
+        path: String,
+        text: String,
+    },
+    Bind {
+        region: Region,
+        node: u32,
+        move_all: bool,
+    },
+    Pin(Region),
+    Unpin,
     CatchBusErrors,
     BusError,
     Churn {
@@ -229,6 +246,13 @@ impl Child {
     }
 
     fn finish(&mut self) -> Result<Reply> {
+        match self.receive()? {
+            Reply::Errno(number) => Err(anyhow!(Errno::from_raw(number))),
+            reply => Ok(reply),
+        }
+    }
+
+    fn receive(&mut self) -> Result<Reply> {
         let mut line = String::new();
         let read = self
             .control
@@ -237,10 +261,7 @@ impl Child {
         if read == 0 {
             bail!("helper {} died instead of answering", self.pid);
         }
-        match serde_json::from_str(&line)? {
-            Reply::Errno(number) => Err(anyhow!(Errno::from_raw(number))),
-            reply => Ok(reply),
-        }
+        Ok(serde_json::from_str(&line)?)
     }
 
     fn order(&mut self, command: &Command) -> Result<Reply> {
@@ -323,6 +344,21 @@ impl Child {
         content
             .check(&sums)
             .with_context(|| format!("memory of helper {}", self.pid))
+    }
+
+    /// Starts reading all of a region; [`Child::finish_verify`] waits for its end.
+    pub fn begin_verify(&mut self, region: Region) -> Result<()> {
+        self.begin(&Command::Checksums(region))
+    }
+
+    /// Waits until the region is read, and fails unless it contains exactly this.
+    pub fn finish_verify(&mut self, content: Content) -> Result<()> {
+        match self.finish()? {
+            Reply::Checksums(sums) => content
+                .check(&sums)
+                .with_context(|| format!("memory of helper {}", self.pid)),
+            other => bail!("unexpected answer {other:?}"),
+        }
     }
 
     /// Checksums of pages.
@@ -411,6 +447,57 @@ impl Child {
         }
     }
 
+    /// Starts a single `write(2)` to a file; [`Child::finish_write`] waits for its end.
+    pub fn begin_write_file(&mut self, path: impl AsRef<Path>, text: &str) -> Result<()> {
+        self.begin(&Command::WriteFile {
+            path: path.as_ref().to_string_lossy().into_owned(),
+            text: text.to_owned(),
+        })
+    }
+
+    /// Waits for the write to end and returns what the kernel said.
+    pub fn finish_write(&mut self) -> Result<Result<(), Errno>> {
+        match self.receive()? {
+            Reply::Done => Ok(Ok(())),
+            Reply::Errno(number) => Ok(Err(Errno::from_raw(number))),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Whether the helper has answered what it was told last.
+    pub fn answered(&self) -> Result<bool> {
+        let mut fds = [PollFd::new(
+            self.control.get_ref().as_fd(),
+            PollFlags::POLLIN,
+        )];
+        Ok(poll(&mut fds, PollTimeout::ZERO).context("poll")? != 0)
+    }
+
+    /// Sends a signal that does nothing but interrupt what the kernel is doing for the helper.
+    pub fn interrupt(&self) -> Result<()> {
+        self.signal(libc::SIGUSR1)
+    }
+
+    /// Lets memory come from one NUMA node only; `move_all` moves what is elsewhere, whoever else maps it.
+    pub fn bind(&mut self, region: Region, node: u32, move_all: bool) -> Result<()> {
+        self.done(&Command::Bind {
+            region,
+            node,
+            move_all,
+        })
+    }
+
+    /// Puts the pages themselves, 16 at the most, into a pipe: the kernel can neither move nor free them until
+    /// [`Child::unpin`].
+    pub fn pin(&mut self, region: Region) -> Result<()> {
+        self.done(&Command::Pin(region))
+    }
+
+    /// Undoes [`Child::pin`].
+    pub fn unpin(&mut self) -> Result<()> {
+        self.done(&Command::Unpin)
+    }
+
     /// Makes the helper write to the region's pages and check them, for ever and without answering again. It exits
     /// with a status other than 0 when it reads something that it did not write.
     pub fn churn(&mut self, region: Region, seed: u64) -> Result<()> {
@@ -460,17 +547,24 @@ impl Child {
         Ok(())
     }
 
-    fn kill_and_wait(&mut self) -> Result<Option<WaitStatus>> {
+    fn signal(&self, signal: i32) -> Result<()> {
         // SAFETY: The descriptor is a pidfd, and no siginfo is passed.
-        unsafe {
+        let result = unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.pidfd.as_raw_fd(),
-                libc::SIGKILL,
+                signal,
                 0,
                 0,
             )
         };
+        Errno::result(result).context("sending a signal")?;
+        Ok(())
+    }
+
+    fn kill_and_wait(&mut self) -> Result<Option<WaitStatus>> {
+        // It may have ended by itself.
+        let _ = self.signal(libc::SIGKILL);
         self.wait()
     }
 
@@ -567,10 +661,11 @@ fn serve(socket: UnixStream) -> ! {
     // Helpers' own children are reaped by the kernel.
     // The handler that Rust's runtime has for SIGBUS expects that the access which failed is tried again, and does
     // not die of signals that come without one.
-    // SAFETY: No handlers are installed.
+    // SAFETY: The only handler that is installed does nothing.
     unsafe {
         let _ = nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn);
         let _ = nix::sys::signal::signal(Signal::SIGBUS, SigHandler::SigDfl);
+        let _ = nix::sys::signal::signal(Signal::SIGUSR1, SigHandler::Handler(interrupted));
     }
     let mut control = BufReader::new(socket);
     loop {
@@ -672,6 +767,14 @@ fn execute(command: Command) -> Result<Reply, Errno> {
                 Errno::result(libc::prctl(libc::PR_MCE_KILL, set, policy, 0_u64, 0_u64))?;
             }
             Command::ReadDirect { path, region } => return read_direct(&path, region),
+            Command::WriteFile { path, text } => write_file(&path, &text)?,
+            Command::Bind {
+                region,
+                node,
+                move_all,
+            } => numa::bind(region, node, move_all)?,
+            Command::Pin(region) => pin(region)?,
+            Command::Unpin => drop(PINS.take()),
             Command::CatchBusErrors => catch_bus_errors()?,
             Command::BusError => return Ok(Reply::BusError(caught_bus_error())),
             Command::Fork | Command::Churn { .. } | Command::Exit(_) => {
@@ -716,6 +819,43 @@ fn read_direct(path: &str, region: Region) -> Result<Reply, Errno> {
     };
     Ok(Reply::Number(Errno::result(read)? as i64))
 }
+
+fn write_file(path: &str, text: &str) -> Result<(), Errno> {
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .map_err(errno_of)?;
+    // `write_all` would try again what a signal has interrupted.
+    let written = file.write(text.as_bytes()).map_err(errno_of)?;
+    if written == text.len() {
+        Ok(())
+    } else {
+        Err(Errno::EIO)
+    }
+}
+
+thread_local! {
+    /// The pipe with the pages that [`Command::Pin`] has put there.
+    static PINS: RefCell<Option<(OwnedFd, OwnedFd)>> = const { RefCell::new(None) };
+}
+
+fn pin(region: Region) -> Result<(), Errno> {
+    let (reader, writer) = pipe()?;
+    // SAFETY: The region is mapped memory of this helper; the pipe is never read from.
+    let bytes = unsafe { std::slice::from_raw_parts(region.addr as *const u8, region.len()) };
+    let spliced = vmsplice(
+        &writer,
+        &[IoSlice::new(bytes)],
+        SpliceFFlags::SPLICE_F_NONBLOCK,
+    )?;
+    if spliced != bytes.len() {
+        return Err(Errno::ENOSPC);
+    }
+    PINS.set(Some((reader, writer)));
+    Ok(())
+}
+
+extern "C" fn interrupted(_: i32) {}
 
 static BUS_CODE: AtomicUsize = AtomicUsize::new(0);
 static BUS_ADDR: AtomicUsize = AtomicUsize::new(0);

@@ -27,12 +27,18 @@ pub const OURS: &str = "/sys/kernel/mm/ksm_rs";
 pub const STOCK: &str = "/sys/kernel/mm/ksm";
 
 /// The writable files whose values a test may change, in an order in which they can be restored.
-const KNOBS: [&str; 5] = [
+const KNOBS: [&str; 11] = [
     "pages_to_scan",
     "sleep_millisecs",
     "merge_across_nodes",
     "max_page_sharing",
+    "use_zero_pages",
+    "stable_node_chains_prune_millisecs",
     "smart_scan",
+    "advisor_max_cpu",
+    "advisor_min_pages_to_scan",
+    "advisor_max_pages_to_scan",
+    "advisor_target_scan_time",
 ];
 
 /// `run`: the thread rests and merged pages stay merged.
@@ -146,6 +152,14 @@ impl Ksm {
             .with_context(|| format!("{file} contains {text:?}"))
     }
 
+    /// The number in a file that may be negative.
+    pub fn read_signed(&self, file: &str) -> Result<i64> {
+        let text = self.text(file)?;
+        text.trim_end()
+            .parse()
+            .with_context(|| format!("{file} contains {text:?}"))
+    }
+
     /// Writes bytes with a single `write(2)`, as `echo` does, and returns what the kernel returned.
     pub fn write_bytes(&self, file: &str, bytes: &[u8]) -> Result<usize, Errno> {
         let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));
@@ -158,6 +172,11 @@ impl Ksm {
 
     /// Writes a number.
     pub fn write(&self, file: &str, value: u64) -> Result<()> {
+        self.write_text(file, &value.to_string())
+    }
+
+    /// Writes a line.
+    pub fn write_text(&self, file: &str, value: &str) -> Result<()> {
         let text = format!("{value}\n");
         let written = self
             .write_bytes(file, text.as_bytes())
@@ -384,6 +403,10 @@ impl Restore {
             counters == Counters::merged(0, 0),
             "run=2 left something: {counters}"
         );
+        if self.ksm.has("advisor_mode") {
+            // As long as it is on, nobody else may write to pages_to_scan.
+            self.ksm.write_text("advisor_mode", "none")?;
+        }
         for (knob, value) in &self.knobs {
             self.ksm.write(knob, *value)?;
         }

@@ -7,17 +7,23 @@
 //! Every test runs in a process of its own with a time limit ([`runner`]).
 
 pub mod child;
+pub mod doctor;
+pub mod freezer;
+pub mod hotplug;
 pub mod kmsg;
 pub mod ksm;
+pub mod ksm_events;
 pub mod memory;
 pub mod module;
 pub mod numa;
+pub mod passes;
 pub mod procfs;
 pub mod record;
 pub mod runner;
 pub mod settings;
 pub mod slow_file;
 pub mod swap;
+pub mod trace;
 pub mod userfault;
 pub mod wait;
 pub mod world;
@@ -26,6 +32,7 @@ pub use child::Child;
 pub use ksm::Ksm;
 pub use memory::Content;
 pub use memory::Region;
+pub use passes::Passes;
 
 /// The seeds to use for what is made at random: those given, or the one that the environment variable
 /// `KSM_E2E_SEED` names.

@@ -306,7 +306,7 @@ impl Mapping {
             },
         )?;
         if let Some(node) = self.node {
-            crate::numa::bind(region, node)?;
+            crate::numa::bind(region, node, false)?;
         }
         Ok(region)
     }

@@ -7,12 +7,16 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
 use nix::errno::Errno;
 use nix::kmod::DeleteModuleFlags;
 use nix::kmod::ModuleInitFlags;
 use nix::kmod::delete_module;
 use nix::kmod::finit_module;
+use nix::kmod::init_module;
 
+use crate::kmsg::Log;
 use crate::wait;
 use crate::wait::PATIENCE;
 
@@ -43,6 +47,34 @@ pub fn try_load(parameters: &str) -> Result<Result<(), Errno>> {
         &CString::new(parameters)?,
         ModuleInitFlags::empty(),
     ))
+}
+
+/// The same for a module that is in memory.
+pub fn try_load_image(image: &[u8], parameters: &str) -> Result<Result<(), Errno>> {
+    Ok(init_module(image, &CString::new(parameters)?))
+}
+
+/// Tries to load, expects to be refused with this error, and returns the one line in the log that says why.
+pub fn expect_refusal(
+    wanted: Errno,
+    load: impl FnOnce() -> Result<Result<(), Errno>>,
+) -> Result<String> {
+    let mut log = Log::from_now()?;
+    let result = load()?;
+    ensure!(result == Err(wanted), "{result:?} instead of {wanted:?}");
+    ensure!(!loaded()?, "the module is there though it was refused");
+    let lines = log.lines()?;
+    // The kernel says once since boot that there are modules which are not its own.
+    let ours: Vec<&String> = lines
+        .iter()
+        .filter(|line| line.contains(NAME) && !line.contains("taint"))
+        .collect();
+    let [line] = ours[..] else {
+        bail!("the log should have one line about it: {lines:#?}");
+    };
+    line.strip_prefix("ksm_rs: ")
+        .map(str::to_owned)
+        .with_context(|| format!("the line does not say whose it is: {line:?}"))
 }
 
 /// Loads the module with these parameters.

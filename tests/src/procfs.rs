@@ -15,8 +15,10 @@ use crate::memory::Region;
 /// Bits of `/proc/kpageflags`.
 const KPF_ANON: u64 = 12;
 const KPF_HWPOISON: u64 = 19;
+const KPF_NOPAGE: u64 = 20;
 const KPF_KSM: u64 = 21;
 const KPF_ZERO_PAGE: u64 = 24;
+const KPF_RESERVED: u64 = 32;
 const KPF_MLOCKED: u64 = 33;
 
 /// See [`PageFlags::lasting`].
@@ -48,11 +50,19 @@ pub struct Pfn(pub u64);
 impl Pfn {
     /// The flags `/proc/kpageflags` shows.
     pub fn flags(self) -> Result<PageFlags> {
+        Ok(self.flags_from_here(1)?[0])
+    }
+
+    /// The same for as many pages from this one on.
+    pub fn flags_from_here(self, pages: usize) -> Result<Vec<PageFlags>> {
         let file = File::open("/proc/kpageflags").context("/proc/kpageflags")?;
-        let mut word = [0; 8];
-        file.read_exact_at(&mut word, self.0 * 8)
-            .with_context(|| format!("flags of {self:?}"))?;
-        Ok(PageFlags(u64::from_le_bytes(word)))
+        let mut bytes = vec![0; pages * 8];
+        file.read_exact_at(&mut bytes, self.0 * 8)
+            .with_context(|| format!("flags of {pages} pages from {self:?} on"))?;
+        let words = bytes
+            .chunks_exact(8)
+            .map(|word| PageFlags(u64::from_le_bytes(word.try_into().expect("8 bytes"))));
+        Ok(words.collect())
     }
 }
 
@@ -74,11 +84,6 @@ impl PageFlags {
         self.0 >> bit & 1 == 1
     }
 
-    /// The zero page.
-    pub fn zero_page(self) -> bool {
-        self.bit(KPF_ZERO_PAGE)
-    }
-
     /// The names of those flags that do not depend on who looked at the page, or which list it waits in.
     pub fn lasting(self) -> String {
         let names = LASTING.iter().filter(|(bit, _)| self.bit(*bit));
@@ -95,9 +100,24 @@ impl PageFlags {
         self.bit(KPF_ANON)
     }
 
+    /// The kernel's page of zeroes.
+    pub fn zero_page(self) -> bool {
+        self.bit(KPF_ZERO_PAGE)
+    }
+
     /// A page that must not be used any more.
     pub fn poisoned(self) -> bool {
         self.bit(KPF_HWPOISON)
+    }
+
+    /// A page that the kernel took before its allocator was there.
+    pub fn reserved(self) -> bool {
+        self.bit(KPF_RESERVED)
+    }
+
+    /// No page at all.
+    pub fn absent(self) -> bool {
+        self.bit(KPF_NOPAGE)
     }
 
     /// A page that is locked into memory.
@@ -180,6 +200,11 @@ fn process_file(pid: i32, file: &str) -> Result<String> {
     fs::read_to_string(&path).context(path)
 }
 
+/// The whole of `/proc/<pid>/ksm_stat`.
+pub fn ksm_stat_text(pid: i32) -> Result<String> {
+    process_file(pid, "ksm_stat")
+}
+
 /// A number from `/proc/<pid>/ksm_stat`.
 pub fn ksm_stat(pid: i32, name: &str) -> Result<u64> {
     field(&process_file(pid, "ksm_stat")?, name)
@@ -260,6 +285,22 @@ pub fn state(pid: i32) -> Result<char> {
     let line = status.lines().find_map(|line| line.strip_prefix("State:"));
     line.and_then(|line| line.trim_start().chars().next())
         .with_context(|| format!("no state of process {pid}"))
+}
+
+/// Whether the area that starts exactly at the region has a flag, by its two letters in `/proc/<pid>/smaps`.
+pub fn has_vm_flag(pid: i32, region: Region, flag: &str) -> Result<bool> {
+    let text = process_file(pid, "smaps")?;
+    let start = format!("{:x}-", region.addr);
+    let mut lines = text.lines().skip_while(|line| !line.starts_with(&start));
+    let flags = lines
+        .find_map(|line| line.strip_prefix("VmFlags:"))
+        .with_context(|| {
+            format!(
+                "process {pid} has no area that starts at {:#x}",
+                region.addr
+            )
+        })?;
+    Ok(flags.split_whitespace().any(|word| word == flag))
 }
 
 /// A number from `/proc/vmstat`.

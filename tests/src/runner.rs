@@ -27,6 +27,7 @@ use nix::unistd::Pid;
 use nix::unistd::fork;
 use nix::unistd::setpgid;
 
+use crate::hotplug;
 use crate::kmsg::Log;
 use crate::ksm::Ksm;
 use crate::ksm::STOCK;
@@ -132,8 +133,9 @@ fn watched(ksm: &Ksm, body: &impl Fn(&Ksm) -> Result<()>) -> Result<()> {
     result
 }
 
-/// Leaves the system so that another test can begin: the module loaded, nothing merged, no swap.
+/// Leaves the system so that another test can begin: all memory online, the module loaded, nothing merged, no swap.
 fn clean_up(ksm: &Ksm) -> Result<()> {
+    hotplug::bring_back()?;
     if !ksm.is_stock() && !module::loaded()? {
         // Nothing may be in stock's hands when the module takes over.
         let stock = Ksm::at(STOCK);

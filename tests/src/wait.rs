@@ -57,3 +57,14 @@ pub fn until_or_explain(
         sleep(PAUSE);
     }
 }
+
+/// Looks again and again, for so long, that `condition` holds: what must not happen is given the time in which it
+/// would. Fails with the first error.
+pub fn while_holds(time: Duration, mut condition: impl FnMut() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        condition()?;
+        sleep(PAUSE);
+    }
+    condition()
+}
