@@ -15,8 +15,6 @@ use anyhow::bail;
 use anyhow::ensure;
 use nix::errno::Errno;
 
-use crate::module;
-use crate::procfs;
 use crate::wait;
 use crate::wait::PATIENCE;
 
@@ -308,72 +306,6 @@ impl Ksm {
         }
         self.scan_fast()?;
         Ok(restore)
-    }
-}
-
-/// Makes single passes: between two of them the thread sleeps.
-#[derive(Debug)]
-pub struct Passes<'a> {
-    ksm: &'a Ksm,
-    thread: i32,
-    sleep: u64,
-}
-
-impl<'a> Passes<'a> {
-    /// Starts the thread, which must be at rest, and waits for its first pass. There must be something to scan.
-    pub fn begin(ksm: &'a Ksm) -> Result<Self> {
-        let name = if ksm.is_stock() && !module::loaded()? {
-            "ksmd"
-        } else {
-            "ksmd_rs"
-        };
-        let thread = procfs::pid_of(name)?.with_context(|| format!("there is no {name}"))?;
-        let mut passes = Self {
-            ksm,
-            thread,
-            sleep: 3_600_000,
-        };
-        ksm.write("pages_to_scan", u32::MAX.into())?;
-        passes.lengthen_sleep()?;
-        passes.wait_for_rest()?;
-        let before = ksm.read("full_scans")?;
-        ksm.start()?;
-        passes.wait_for(before + 1)?;
-        Ok(passes)
-    }
-
-    /// Makes one more pass.
-    pub fn make_one(&mut self) -> Result<()> {
-        let before = self.ksm.read("full_scans")?;
-        // A new length ends the sleep that is under way.
-        self.lengthen_sleep()?;
-        self.wait_for(before + 1)
-    }
-
-    fn lengthen_sleep(&mut self) -> Result<()> {
-        self.sleep += 1;
-        self.ksm.write("sleep_millisecs", self.sleep)
-    }
-
-    fn wait_for(&self, passes: u64) -> Result<()> {
-        wait::until("the pass is made", PATIENCE, || {
-            Ok(self.ksm.read("full_scans")? >= passes)
-        })?;
-        self.wait_for_rest()?;
-        let made = self.ksm.read("full_scans")?;
-        ensure!(
-            made == passes,
-            "{} passes were made instead of one",
-            made + 1 - passes
-        );
-        Ok(())
-    }
-
-    /// The thread waits for locks and for other CPUs in ways that no signal ends; only its sleep is of another kind.
-    fn wait_for_rest(&self) -> Result<()> {
-        wait::until("the thread sleeps", PATIENCE, || {
-            Ok(procfs::state(self.thread)? == 'S')
-        })
     }
 }
 

@@ -279,14 +279,6 @@ pub fn smaps_within(pid: i32, region: Region) -> Result<(BTreeMap<String, u64>, 
     Ok((sums, areas))
 }
 
-/// The letter of a process's state: `S` if it sleeps and signals could wake it.
-pub fn state(pid: i32) -> Result<char> {
-    let status = process_file(pid, "status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("State:"));
-    line.and_then(|line| line.trim_start().chars().next())
-        .with_context(|| format!("no state of process {pid}"))
-}
-
 /// Whether the area that starts exactly at the region has a flag, by its two letters in `/proc/<pid>/smaps`.
 pub fn has_vm_flag(pid: i32, region: Region, flag: &str) -> Result<bool> {
     let text = process_file(pid, "smaps")?;

@@ -16,10 +16,10 @@ use fastrand::Rng;
 use crate::Child;
 use crate::Ksm;
 use crate::Region;
-use crate::ksm::Passes;
 use crate::memory::Mapping;
 use crate::memory::PAGE;
 use crate::memory::Pattern;
+use crate::passes::Passes;
 use crate::procfs;
 use crate::procfs::Pfn;
 use crate::record::Record;
@@ -503,7 +503,7 @@ impl World {
         for _ in 0..MANY {
             self.stir()?;
             let scanned_before = ksm.read("pages_scanned")?;
-            passes.make_one()?;
+            passes.pass()?;
             scanned = ksm.read("pages_scanned")? - scanned_before;
             let now = (ksm.counters()?, ksm.read("ksm_zero_pages")?);
             quiet = if before == Some(now) { quiet + 1 } else { 0 };
