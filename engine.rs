@@ -23,7 +23,10 @@ use crate::{
         Rmap,
         State, //
     },
-    knobs::MAX_PAGE_SHARING,
+    knobs::{
+        Knobs,
+        MAX_PAGE_SHARING, //
+    },
     kthread,
     mm::{
         self,
@@ -66,14 +69,17 @@ pub(crate) struct Policy {
 pub(crate) struct PassStart {
     at: Instant<Monotonic>,
     cpu: u64,
+    /// The advisor has been on all the time since.
+    pub(crate) advised: bool,
 }
 
 impl PassStart {
     /// Now, in the thread that scans.
-    pub(crate) fn now() -> Self {
+    pub(crate) fn now(advised: bool) -> Self {
         Self {
             at: Instant::now(),
             cpu: kthread::cpu_time(),
+            advised,
         }
     }
 
@@ -93,6 +99,7 @@ pub(crate) struct Engine {
     /// What empty pages hash to.
     pub(crate) empty: ContentHash,
     pub(crate) stats: Arc<Stats>,
+    pub(crate) knobs: Arc<Knobs>,
     pub(crate) slots: Slots,
     pub(crate) items: Arena<PageItem>,
     pub(crate) rmaps: Arena<Rmap>,
@@ -117,12 +124,13 @@ pub(crate) struct Engine {
 
 impl Engine {
     /// An engine that knows nothing. Sleeps.
-    pub(crate) fn new(seed: u64, stats: Arc<Stats>) -> Result<Self> {
+    pub(crate) fn new(seed: u64, knobs: Arc<Knobs>, stats: Arc<Stats>) -> Result<Self> {
         let key = hash::Key::new(seed);
         Ok(Self {
             empty: ContentHash::new(mm::page::hash_of_empty(&key)),
             key,
             stats: stats.clone(),
+            knobs,
             slots: Slots::new(),
             items: Arena::new(),
             rmaps: Arena::new(),
@@ -130,7 +138,7 @@ impl Engine {
             unstable: UnstableTree::new()?,
             cursor: Cursor::default(),
             batch: Batch::new()?,
-            pass_start: PassStart::now(),
+            pass_start: PassStart::now(false),
             advisor: Advisor::default(),
             orphans: KVVec::new(),
             orphan_missed: false,
@@ -138,6 +146,33 @@ impl Engine {
             round: 0,
             merge_across_nodes: true,
         })
+    }
+
+    /// Lets the advisor, if it has been on for the whole pass that ends now, draw its conclusions.
+    pub(crate) fn advise(&mut self) {
+        if !self.pass_start.advised {
+            return;
+        }
+        let advice = self.advisor.advise(
+            self.pass_start.spent(),
+            self.knobs.pages_to_scan(),
+            self.knobs.advisor_limits(),
+        );
+        self.knobs.set_pages_to_scan(advice.pages_to_scan);
+        trace::advisor(
+            advice.scan_time as i64,
+            advice.pages_to_scan as usize,
+            advice.cpu_percent,
+        );
+    }
+
+    /// Turns the advisor on or off.
+    pub(crate) fn set_advisor(&mut self, on: bool) {
+        if self.knobs.advisor() != on {
+            self.advisor = Advisor::default();
+            self.pass_start.advised = false;
+            self.knobs.set_advisor(on);
+        }
     }
 
     /// The forest for pages of a NUMA node.

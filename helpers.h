@@ -101,6 +101,9 @@ void __put_anon_vma(struct anon_vma *anon_vma);
 #define KSM_RS_DECLARE_VOID(name, params, args) KSM_RS_DECLARE(void, name, params, args)
 KSM_RS_UNEXPORTED(KSM_RS_DECLARE, KSM_RS_DECLARE_VOID)
 
+/* A macro with sizeof in it, which bindgen does not evaluate. */
+enum { KSM_RS_KSYM_SYMBOL_LEN = KSYM_SYMBOL_LEN };
+
 /* Folios and pages. */
 struct folio *ksm_rs_page_folio(struct page *page);
 struct page *ksm_rs_folio_page(struct folio *folio);

@@ -74,7 +74,7 @@ pub(crate) struct State {
 /// Everything that the thread, the files and the notifiers share.
 #[pin_data]
 pub(crate) struct Ksm {
-    pub(crate) knobs: Knobs,
+    pub(crate) knobs: Arc<Knobs>,
     pub(crate) stats: Arc<Stats>,
     pub(crate) registry: Arc<Registry>,
     #[pin]
@@ -94,10 +94,11 @@ impl Ksm {
     /// A state with stock's defaults and nothing merged. Sleeps.
     pub(crate) fn new(seed: u64, registry: Arc<Registry>, stock: Stock) -> Result<Arc<Self>> {
         let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
-        let engine = Engine::new(seed, stats.clone())?;
+        let knobs = Arc::new(Knobs::new(), GFP_KERNEL)?;
+        let engine = Engine::new(seed, knobs.clone(), stats.clone())?;
         Arc::pin_init(
             try_pin_init!(Self {
-                knobs: Knobs::new(),
+                knobs,
                 stats,
                 registry,
                 control <- new_mutex!((), "ksm_rs::control"),
@@ -136,30 +137,8 @@ impl Ksm {
 
     /// Carries out a write to `advisor_mode`. Sleeps.
     pub(crate) fn set_advisor(&self, on: bool) {
-        // The lock keeps a pass that ends now from giving advice that is out of date.
-        let mut guard = self.state.lock();
-        if self.knobs.advisor() != on {
-            guard.engine.advisor = Default::default();
-            self.knobs.set_advisor(on);
-        }
-    }
-
-    /// Lets the advisor, if it is on, draw its conclusions from the pass that has just ended.
-    fn advise(&self, engine: &mut Engine) {
-        if !self.knobs.advisor() {
-            return;
-        }
-        let advice = engine.advisor.advise(
-            engine.pass_start.spent(),
-            self.knobs.pages_to_scan(),
-            self.knobs.advisor_limits(),
-        );
-        self.knobs.set_pages_to_scan(advice.pages_to_scan);
-        trace::advisor(
-            advice.scan_time as i64,
-            advice.pages_to_scan as usize,
-            advice.cpu_percent,
-        );
+        // The mutex keeps a pass that ends now from giving advice that is out of date.
+        self.state.lock().engine.set_advisor(on);
     }
 
     /// Whether pages of different NUMA nodes are merged. Sleeps.
@@ -210,6 +189,9 @@ impl Ksm {
         }
         let _control = self.control.lock();
         let mut guard = self.engine();
+        if guard.engine.max_page_sharing == limit {
+            return Ok(());
+        }
         self.no_stable_nodes(&mut guard.engine)?;
         guard.engine.max_page_sharing = limit;
         self.knobs.set_max_page_sharing(limit);
@@ -300,9 +282,6 @@ impl Ksm {
             // Let go of after each batch: writers of knobs and memory hotplug wait for it.
             let mut guard = self.engine();
             let progress = guard.engine.scan(budget, self.policy(), pause);
-            if progress == Progress::PassDone {
-                self.advise(&mut guard.engine);
-            }
             drop(guard);
             match progress {
                 Progress::Pages(pages) => budget = budget.saturating_sub(pages),
@@ -359,16 +338,16 @@ impl Ksm {
             if !self.engine().engine.drop_stable_nodes() && undone.is_ok() {
                 break;
             }
-            if left == 0 {
-                pr_warn!(
-                    "{} pages could not be unmerged, as there is no memory or a process hangs in its exit; they stay shared until they are written to\n",
-                    self.stats.pages_sharing.get()
-                );
-                break;
+            if left > 0 {
+                fsleep(UNLOAD_PAUSE);
             }
-            fsleep(UNLOAD_PAUSE);
         }
-        self.engine().engine.disown_stable_nodes();
+        let left = self.engine().engine.disown_stable_nodes();
+        if left > 0 {
+            pr_warn!(
+                "{left} KSM pages could not be unmerged, as there is no memory or a process hangs in its exit; they stay shared until they are written to\n"
+            );
+        }
         self.registry.close();
     }
 }

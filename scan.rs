@@ -41,7 +41,8 @@ use kernel::{
 /// # Invariants
 ///
 /// If `slot` is set, a pass is going on in that address space; `last` is its item with the highest address
-/// below `address`, or nil if it has none.
+/// at which a page was found, or nil if there is none. Items behind it and below `address` are of pages that are
+/// gone, and to be freed.
 pub(crate) struct Cursor {
     /// The address space; `None` between passes.
     pub(crate) slot: Option<SlotId>,
@@ -73,7 +74,7 @@ impl Cursor {
         self.address
     }
 
-    /// The item with the highest address below.
+    /// The item of the last page found.
     pub(crate) fn last(&self) -> Id {
         self.last
     }
@@ -106,6 +107,9 @@ pub(crate) struct Batch {
     seen: KVec<(usize, Seen)>,
 }
 
+/// How many items of pages that are gone are freed in the time of looking at one page, about.
+const FREED_PER_PAGE: usize = 16;
+
 /// How many pages one call of [`Engine::scan`] finds at the most, those that smart scan leaves out included.
 const MOST_FOUND: usize = 4 * BATCH_PAGES;
 
@@ -134,7 +138,7 @@ pub(crate) enum Progress {
 enum Gathered {
     /// Pages; behind them the scan goes on from this address.
     Pages(usize),
-    /// None yet, somebody waits for the mmap lock; go on from this address.
+    /// None yet, as somebody waits for the mmap lock, or there is much to free before; go on from this address.
     Later(usize),
     /// No more pages in this address space.
     End,
@@ -155,6 +159,9 @@ impl Engine {
         let mut found = 0usize;
         // Page tables and address spaces without pages cost time too.
         for _ in 0..BATCH_PAGES {
+            if pause() {
+                break;
+            }
             let Some(slot) = self.current_slot() else {
                 return if self.cursor.slot.is_some() {
                     self.finish_pass();
@@ -163,6 +170,11 @@ impl Engine {
                     Progress::Nothing
                 };
             };
+            if !self.free_items_before(slot, self.cursor.address()) {
+                // Less work than looking at pages, but work: the thread gets its sleep.
+                left = left.saturating_sub(BATCH_PAGES / FREED_PER_PAGE);
+                break;
+            }
             match self.gather(slot, left, policy) {
                 Gathered::Pages(resume) => {
                     found = found.saturating_add(self.batch.seen.len());
@@ -179,6 +191,7 @@ impl Engine {
                     break;
                 }
                 Gathered::End => {
+                    self.cursor.skip_to(usize::MAX);
                     if !self.free_items_before(slot, usize::MAX) {
                         break;
                     }
@@ -196,7 +209,7 @@ impl Engine {
                     }
                 }
             }
-            if left == 0 || found >= MOST_FOUND || pause() {
+            if left == 0 || found >= MOST_FOUND {
                 break;
             }
         }
@@ -224,7 +237,7 @@ impl Engine {
     fn start_pass(&mut self) {
         // Pages that wait in a per-CPU cache to get on an LRU list have a reference too many to be merged, and may
         // wait there for long.
-        self.pass_start = PassStart::now();
+        self.pass_start = PassStart::now(self.knobs.advisor());
         trace::start_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         mm::drain_lru_caches();
         self.unstable.clear();
@@ -238,6 +251,7 @@ impl Engine {
     fn finish_pass(&mut self) {
         self.cursor = Cursor::default();
         self.sweep_orphans();
+        self.advise();
         trace::stop_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         self.stats.full_scans.up();
     }
@@ -277,6 +291,14 @@ impl Engine {
         drop(locked);
         drop(entered);
 
+        if let Some(first) = found.first().map(|page| page.address) {
+            // They may be very many: the pages are found again, from here on, once all of them are freed.
+            if !self.free_items_before(slot, first) {
+                found.clear();
+                self.batch.found = found;
+                return Gathered::Later(first);
+            }
+        }
         let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
         seen.clear();
         let mut at = self.behind(slot, self.cursor.last());

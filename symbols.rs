@@ -110,9 +110,9 @@ impl kernel::fmt::Display for Missing {
 pub(crate) fn resolve(kallsyms: usize) -> Result<Variables> {
     let kallsyms = match kallsyms {
         0 => find_kallsyms()?,
-        address => address,
+        address => check_kallsyms(address)?,
     };
-    // SAFETY: It is the address of the function, from a kprobe on it or from the administrator's own word.
+    // SAFETY: It is the address of the function, as the kernel's symbol table says.
     unsafe { bindings::ksm_rs_bind_kallsyms_lookup_name(kallsyms) };
 
     let mut missing = Missing::default();
@@ -141,6 +141,24 @@ pub(crate) fn resolve(kallsyms: usize) -> Result<Variables> {
         return Err(ENOENT);
     }
     Ok(variables)
+}
+
+/// The address, if it is that of `kallsyms_lookup_name()`: another boot's is not.
+fn check_kallsyms(address: usize) -> Result<usize> {
+    let length = bindings::KSM_RS_KSYM_SYMBOL_LEN as usize;
+    let mut text: KVec<ffi::c_char> = KVec::from_elem(0, length, GFP_KERNEL)?;
+    // SAFETY: The buffer is as large as the function wants it, and gets a C string; any address may be asked for.
+    let name = unsafe {
+        bindings::sprint_symbol(text.as_mut_ptr(), address);
+        CStr::from_char_ptr(text.as_ptr())
+    };
+    if name.to_bytes().starts_with(b"kallsyms_lookup_name+0x0/") {
+        return Ok(address);
+    }
+    pr_err!(
+        "parameter kallsyms_lookup_name={address:#x} is {name}; wanted the function's own address: take it from /proc/kallsyms after each boot\n"
+    );
+    Err(EINVAL)
 }
 
 /// Address of `kallsyms_lookup_name()`, from a kprobe set on it for a moment.

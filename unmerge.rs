@@ -116,8 +116,9 @@ impl Engine {
         left
     }
 
-    /// Parts with all nodes, mapped or not, for unload. Sleeps.
-    pub(crate) fn disown_stable_nodes(&mut self) {
+    /// Parts with all nodes, mapped or not, for unload. Returns how many had a page. Sleeps.
+    pub(crate) fn disown_stable_nodes(&mut self) -> usize {
+        let mut pages = 0usize;
         let mut at = self.stable.first();
         while let Some(id) = at {
             at = self.stable.next(id);
@@ -125,10 +126,12 @@ impl Engine {
                 if let Some(page) = node.page() {
                     let lock = page.lock();
                     node.disown(&lock);
+                    pages = pages.saturating_add(1);
                 }
             }
             self.retire(id);
         }
+        pages
     }
 
     /// Begins a new count of passes, with nothing in the unstable tree. All items must have been freed.

@@ -15,6 +15,7 @@ use ksm_e2e::Ksm;
 use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::STOCK;
+use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::module;
 use ksm_e2e::procfs;
@@ -39,6 +40,7 @@ ksm_e2e::tests![module_test:
     unloading_at_full_speed_keeps_memory_right,
     unloading_leaves_pages_in_swap_alone,
     unloading_while_pages_are_read_back,
+    unloading_gives_up_pages_held_in_the_swap_cache,
     unloading_takes_zero_pages_away,
     an_idle_module_wakes_nobody,
 ];
@@ -579,6 +581,50 @@ fn unloading_while_pages_are_read_back(ksm: &Ksm) -> Result<()> {
         );
     }
     drop((one, other, group));
+    swap.off()
+}
+
+fn unloading_gives_up_pages_held_in_the_swap_cache(ksm: &Ksm) -> Result<()> {
+    // No page table maps these pages when the module goes, but the core finds their nodes until they leave memory,
+    // which somebody who holds them prevents.
+    let pages = 16;
+    let swap = Swap::on(4096)?;
+    let group = Group::new()?;
+    group.enter()?;
+    module::load("")?;
+    let mut other = Child::spawn()?;
+    let there = other.map_mergeable(pages, CONTENT)?;
+    let own = Mapping::pages(pages).map()?;
+    // SAFETY: The region was just mapped, and nothing else refers to it.
+    unsafe { memory::fill(own, CONTENT) };
+    memory::advise(own, libc::MADV_MERGEABLE)?;
+    ksm.scan_fast()?;
+    ksm.write("smart_scan", 0)?;
+    ksm.merge_until(Counters::merged(pages as u64, pages as u64))?;
+    let pfns = other.pfns(there)?;
+    // SAFETY: As above.
+    let held = unsafe { memory::hold(own) }?;
+    let me = std::process::id() as i32;
+    group.swap_out_of(&[(me, own), (other.pid(), there)])?;
+    for pfn in pfns {
+        ensure!(pfn.flags()?.ksm(), "{pfn:?} is not held");
+    }
+    let copies = procfs::vmstat("ksm_swpin_copy")?;
+    module::unload()?;
+    other.verify(there, CONTENT)?;
+    // SAFETY: The region is still mapped.
+    CONTENT.check(&unsafe { memory::checksums(own) })?;
+    ensure!(
+        other.ksm_pages(there)? == 0 && procfs::ksm_pages(me, own)? == 0,
+        "merged pages have outlived the module"
+    );
+    ensure!(
+        procfs::vmstat("ksm_swpin_copy")? == copies + 2 * pages as u64,
+        "each process needs copies of its own"
+    );
+    drop((held, other));
+    memory::munmap(own)?;
+    drop(group);
     swap.off()
 }
 

@@ -11,8 +11,10 @@ use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
+use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::procfs;
+use ksm_e2e::procfs::Pfn;
 use ksm_e2e::swap::Group;
 use ksm_e2e::swap::Swap;
 use ksm_e2e::wait;
@@ -23,6 +25,8 @@ ksm_e2e::tests![
     swapped_out_pages_are_forgotten_and_found_again,
     run_2_leaves_nothing_of_swapped_out_pages,
     run_2_while_pages_are_read_back_leaves_nothing,
+    pages_held_in_the_swap_cache_come_back_merged,
+    run_2_gives_up_pages_held_in_the_swap_cache,
     zero_pages_are_not_swapped_out,
     turning_swap_off_brings_merged_pages_back,
     pages_read_back_from_swap_merge,
@@ -186,6 +190,96 @@ fn run_2_while_pages_are_read_back_leaves_nothing(ksm: &Ksm) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Merged pages that neither process maps any more, of which one is the test's own: they are on their way to swap, and
+/// cannot leave memory as somebody holds them. The core still finds their stable nodes.
+struct Limbo {
+    own: Region,
+    other: Child,
+    there: Region,
+    pfns: Vec<Pfn>,
+    _held: memory::Held,
+    _group: Group,
+    _swap: Swap,
+}
+
+impl Limbo {
+    const PAGES: usize = 16;
+
+    fn new(ksm: &Ksm) -> Result<Self> {
+        let swap = Swap::on(4096)?;
+        let group = Group::new()?;
+        group.enter()?;
+        let mut other = Child::spawn()?;
+        let there = other.map_mergeable(Self::PAGES, CONTENT)?;
+        let own = Mapping::pages(Self::PAGES).map()?;
+        // SAFETY: The region was just mapped, and nothing else refers to it.
+        unsafe { memory::fill(own, CONTENT) };
+        memory::advise(own, libc::MADV_MERGEABLE)?;
+        ksm.merge_until(Self::merged())?;
+        let pfns = other.pfns(there)?;
+        // SAFETY: As above.
+        let held = unsafe { memory::hold(own) }?;
+        group.swap_out_of(&[(std::process::id() as i32, own), (other.pid(), there)])?;
+        for pfn in &pfns {
+            ensure!(pfn.flags()?.ksm(), "{pfn:?} is not held");
+        }
+        Ok(Self {
+            own,
+            other,
+            there,
+            pfns,
+            _held: held,
+            _group: group,
+            _swap: swap,
+        })
+    }
+
+    fn merged() -> Counters {
+        Counters::merged(Self::PAGES as u64, Self::PAGES as u64)
+    }
+
+    fn verify(&mut self) -> Result<()> {
+        // SAFETY: The region is still mapped.
+        CONTENT.check(&unsafe { memory::checksums(self.own) })?;
+        self.other.verify(self.there, CONTENT)
+    }
+}
+
+fn pages_held_in_the_swap_cache_come_back_merged(ksm: &Ksm) -> Result<()> {
+    let mut limbo = Limbo::new(ksm)?;
+    let copies = procfs::vmstat("ksm_swpin_copy")?;
+    limbo.verify()?;
+    ensure!(
+        limbo.other.pfns(limbo.there)? == limbo.pfns
+            && procfs::pfns(std::process::id() as i32, limbo.own)? == limbo.pfns
+            && procfs::vmstat("ksm_swpin_copy")? == copies,
+        "the merged pages are not mapped again"
+    );
+    ksm.expect(Limbo::merged())?;
+    ksm.scan_passes(3)?;
+    ksm.expect(Limbo::merged())?;
+    limbo.verify()
+}
+
+fn run_2_gives_up_pages_held_in_the_swap_cache(ksm: &Ksm) -> Result<()> {
+    let mut limbo = Limbo::new(ksm)?;
+    let copies = procfs::vmstat("ksm_swpin_copy")?;
+    ksm.unmerge()?;
+    ksm.expect(Counters::merged(0, 0))?;
+    limbo.verify()?;
+    ensure!(
+        limbo.other.ksm_pages(limbo.there)? == 0
+            && procfs::ksm_pages(std::process::id() as i32, limbo.own)? == 0,
+        "pages that were on their way to swap during run=2 are shared"
+    );
+    ensure!(
+        procfs::vmstat("ksm_swpin_copy")? == copies + 2 * Limbo::PAGES as u64,
+        "each process needs copies of its own"
+    );
+    ksm.merge_until(Limbo::merged())?;
+    limbo.verify()
 }
 
 fn zero_pages_are_not_swapped_out(ksm: &Ksm) -> Result<()> {

@@ -167,7 +167,11 @@ fn wrong_parameters_are_refused(ksm: &Ksm) -> Result<()> {
         ("run=1x", "`1x' invalid for parameter `run'"),
         ("run", "`' invalid for parameter `run'"),
         ("drop_in=maybe", "`maybe' invalid for parameter `drop_in'"),
-        ("drop_in=2", "`2' invalid for parameter `drop_in'"),
+        ("drop_in=256", "`256' invalid for parameter `drop_in'"),
+        (
+            "drop_in=2",
+            "parameter drop_in=2 makes no sense; wanted 0 or 1",
+        ),
         (
             "kallsyms_lookup_name=where",
             "`where' invalid for parameter `kallsyms_lookup_name'",
@@ -390,7 +394,8 @@ fn a_failure_late_in_loading_takes_everything_back(ksm: &Ksm) -> Result<()> {
         .context("no folder in /sys/kernel/mm has a short name")?;
     let mut name = taken.into_bytes();
     name.resize(7, 0);
-    let image = Image::read()?.replace(b"ksm_rs\0", &name)?;
+    // The folder of its events has the same name.
+    let image = Image::read()?.replace_all(b"ksm_rs\0", &name)?;
     let mut pair = Pair::spawn()?;
     let before = System::now()?;
     for run in [0, 1, 1, 1, 2] {

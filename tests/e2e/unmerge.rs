@@ -3,13 +3,16 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
+use anyhow::Error;
 use anyhow::Result;
 use anyhow::ensure;
 use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
+use ksm_e2e::Passes;
 use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
+use ksm_e2e::ksm_events::Trace;
 use ksm_e2e::memory::PAGE;
 use ksm_e2e::procfs;
 
@@ -23,6 +26,7 @@ ksm_e2e::tests![
     memory_that_was_advised_during_run_2_merges_later,
     unmapped_pages_leave_the_others_alone,
     discarded_pages_leave_the_others_alone,
+    pages_that_are_gone_by_the_thousand_are_forgotten_without_looking_again,
     the_last_sharer_to_go_frees_the_page,
     a_moved_area_keeps_its_memory,
     a_grown_area_keeps_its_memory,
@@ -304,6 +308,40 @@ fn discarded_pages_leave_the_others_alone(ksm: &Ksm) -> Result<()> {
     one.advise(here, libc::MADV_UNMERGEABLE)?;
     one.verify(here.part(16, 16), OLD.from_page(16))?;
     other.verify(there, OLD)
+}
+
+fn pages_that_are_gone_by_the_thousand_are_forgotten_without_looking_again(
+    ksm: &Ksm,
+) -> Result<()> {
+    const PAGES: usize = 20_000;
+    const LEFT: usize = 100;
+    let mut child = Child::spawn()?;
+    let region = child.map_mergeable(PAGES, Content::Distinct(1))?;
+    let mut passes = Passes::of(ksm)?;
+    passes.pass()?;
+    let known = || Ok::<_, Error>(ksm.read("pages_unshared")? + ksm.read("pages_volatile")?);
+    ensure!(known()? == PAGES as u64, "{} pages are known", known()?);
+    child.advise(region.part(0, PAGES - LEFT), libc::MADV_DONTNEED)?;
+    let trace = match ksm.is_stock() {
+        true => None,
+        false => Some(Trace::of(ksm, &["batch"])?),
+    };
+    passes.pass()?;
+    ensure!(known()? == LEFT as u64, "{} pages are known", known()?);
+    if let Some(trace) = trace {
+        // What is behind them is found once, and not again for each few that are forgotten.
+        let batches = trace.events()?;
+        let pages = batches.iter().map(|batch| batch.number::<usize>("pages"));
+        let pages = pages.collect::<Result<Vec<_>>>()?;
+        ensure!(
+            !pages.contains(&0) && pages.iter().sum::<usize>() == LEFT,
+            "batches of these pages: {pages:?}"
+        );
+    }
+    child.verify(
+        region.part(PAGES - LEFT, LEFT),
+        Content::Distinct(1).from_page(PAGES - LEFT),
+    )
 }
 
 fn the_last_sharer_to_go_frees_the_page(ksm: &Ksm) -> Result<()> {

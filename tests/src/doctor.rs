@@ -50,7 +50,23 @@ impl Image {
         Ok(self)
     }
 
-    /// The same for a C string, whose terminator tells it from parts of other texts.
+    /// The same for a text that is there several times, to no harm.
+    pub fn replace_all(mut self, old: &[u8], new: &[u8]) -> Result<Self> {
+        ensure!(old.len() == new.len(), "texts of different lengths");
+        let constants = &mut self.bytes[self.constants.clone()];
+        let mut found = 0;
+        for at in 0..constants.len() {
+            if constants[at..].starts_with(old) {
+                constants[at..at + new.len()].copy_from_slice(new);
+                found += 1;
+            }
+        }
+        let text = String::from_utf8_lossy(old);
+        ensure!(found > 0, "the module does not have the text {text:?}");
+        Ok(self)
+    }
+
+    /// As [`Image::replace`], for a C string, whose terminator tells it from parts of other texts.
     pub fn replace_name(self, old: &str, new: &str) -> Result<Self> {
         let terminated = |text: &str| [text.as_bytes(), &[0]].concat();
         self.replace(&terminated(old), &terminated(new))

@@ -4,11 +4,17 @@
 //! memory, so nothing that is compared with a merged page is ever itself merged.
 
 use std::io;
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
 use std::ptr;
+use std::slice;
 
 use anyhow::Result;
 use anyhow::ensure;
 use nix::errno::Errno;
+use nix::fcntl::SpliceFFlags;
+use nix::fcntl::vmsplice;
+use nix::unistd::pipe;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -463,6 +469,33 @@ pub unsafe fn checksums(region: Region) -> Vec<u64> {
         sums.push(page.checksum());
     }
     sums
+}
+
+/// A pipe that refers to pages of this process, not to copies of them, until it is dropped.
+#[derive(Debug)]
+pub struct Held {
+    _reader: OwnedFd,
+    _writer: OwnedFd,
+}
+
+/// Holds the pages of a region of this process; a pipe has room for sixteen.
+///
+/// # Safety
+///
+/// The region must be mapped and readable, and must not be written to during the call.
+pub unsafe fn hold(region: Region) -> Result<Held> {
+    let (reader, writer) = pipe()?;
+    // SAFETY: By this function's own contract.
+    let bytes = unsafe { slice::from_raw_parts(region.addr as *const u8, region.len()) };
+    let spliced = vmsplice(&writer, &[IoSlice::new(bytes)], SpliceFFlags::empty())?;
+    ensure!(
+        spliced == bytes.len(),
+        "only {spliced} bytes went into the pipe"
+    );
+    Ok(Held {
+        _reader: reader,
+        _writer: writer,
+    })
 }
 
 /// An error number as the standard library's error.

@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use crate::child::Child;
 use crate::memory::PAGE;
 use crate::memory::Region;
+use crate::procfs;
 use crate::wait;
 use crate::wait::PATIENCE;
 
@@ -147,15 +148,20 @@ impl Group {
 
     /// Takes pages from the group until none of these is in memory.
     pub fn swap_out(&self, regions: &[(&Child, Region)]) -> Result<()> {
+        let regions: Vec<_> = (regions.iter())
+            .map(|(child, region)| (child.pid(), *region))
+            .collect();
+        self.swap_out_of(&regions)
+    }
+
+    /// The same for any processes, by their ids.
+    pub fn swap_out_of(&self, regions: &[(i32, Region)]) -> Result<()> {
         wait::until_or_explain("the pages are swapped out", PATIENCE, || {
             let mut left = 0;
-            for (child, region) in regions {
-                for entry in child.map_entries(*region)? {
+            for (pid, region) in regions {
+                for entry in procfs::map_entries(*pid, *region)? {
                     if entry.pfn().is_none() && !entry.swapped() {
-                        bail!(
-                            "a page of helper {} is neither in memory nor in swap",
-                            child.pid()
-                        );
+                        bail!("a page of process {pid} is neither in memory nor in swap");
                     }
                     left += usize::from(!entry.swapped());
                 }
