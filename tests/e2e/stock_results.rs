@@ -7,6 +7,8 @@
 //! - which of several KSM pages of one content a page shares, and hence its Pss; therefore a content has more than
 //!   one KSM page only where nothing is forked or taken away later. Forks are let over the limit, and stock keeps
 //!   the last of many copies in a chain until it prunes it;
+//! - which of two equal pages becomes the KSM page, and is one then in forks that share it although they did not ask for
+//!   it; therefore nothing that is not advised shares pages with what is;
 //! - which page is left over if one is, over a limit; therefore its like are all in one process;
 //! - what pages look like that are skipped by smart scanning in one pass and not in the next; therefore smart
 //!   scanning is on only where everything is merged before it begins to skip, or where skipping itself is watched.
