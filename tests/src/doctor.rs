@@ -35,41 +35,46 @@ impl Image {
     }
 
     /// Replaces a constant text by another one of the same length. It must be there once.
-    pub fn replace(mut self, old: &[u8], new: &[u8]) -> Result<Self> {
-        ensure!(old.len() == new.len(), "texts of different lengths");
-        let constants = &self.bytes[self.constants.clone()];
-        let places: Vec<usize> = (0..constants.len())
-            .filter(|&at| constants[at..].starts_with(old))
-            .collect();
-        let text = String::from_utf8_lossy(old).into_owned();
-        let [place] = places[..] else {
-            bail!("the module has the text {text:?} at {places:?} instead of once");
-        };
-        let at = self.constants.start + place;
-        self.bytes[at..at + new.len()].copy_from_slice(new);
-        Ok(self)
+    pub fn replace(self, old: &[u8], new: &[u8]) -> Result<Self> {
+        let places = self.places_of(old);
+        ensure!(
+            places.len() == 1,
+            "the module has the text {:?} at {places:?} instead of once",
+            String::from_utf8_lossy(old)
+        );
+        self.overwrite(&places, old, new)
+    }
+
+    /// The same for a C string, whose terminator tells it from parts of other texts. The compiler may have made several
+    /// of one; all of them are replaced.
+    pub fn replace_name(self, old: &str, new: &str) -> Result<Self> {
+        let terminated = |text: &str| [text.as_bytes(), &[0]].concat();
+        self.replace_all(&terminated(old), &terminated(new))
     }
 
     /// The same for a text that is there several times, to no harm.
-    pub fn replace_all(mut self, old: &[u8], new: &[u8]) -> Result<Self> {
-        ensure!(old.len() == new.len(), "texts of different lengths");
-        let constants = &mut self.bytes[self.constants.clone()];
-        let mut found = 0;
-        for at in 0..constants.len() {
-            if constants[at..].starts_with(old) {
-                constants[at..at + new.len()].copy_from_slice(new);
-                found += 1;
-            }
-        }
-        let text = String::from_utf8_lossy(old);
-        ensure!(found > 0, "the module does not have the text {text:?}");
-        Ok(self)
+    pub fn replace_all(self, old: &[u8], new: &[u8]) -> Result<Self> {
+        let places = self.places_of(old);
+        ensure!(
+            !places.is_empty(),
+            "the module has no text {:?}",
+            String::from_utf8_lossy(old)
+        );
+        self.overwrite(&places, old, new)
     }
 
-    /// As [`Image::replace`], for a C string, whose terminator tells it from parts of other texts.
-    pub fn replace_name(self, old: &str, new: &str) -> Result<Self> {
-        let terminated = |text: &str| [text.as_bytes(), &[0]].concat();
-        self.replace(&terminated(old), &terminated(new))
+    /// Where in the file a constant text is.
+    fn places_of(&self, text: &[u8]) -> Vec<usize> {
+        let found = |&at: &usize| self.bytes[at..self.constants.end].starts_with(text);
+        self.constants.clone().filter(found).collect()
+    }
+
+    fn overwrite(mut self, places: &[usize], old: &[u8], new: &[u8]) -> Result<Self> {
+        ensure!(old.len() == new.len(), "texts of different lengths");
+        for &at in places {
+            self.bytes[at..at + new.len()].copy_from_slice(new);
+        }
+        Ok(self)
     }
 
     /// Lets the module want the member of a structure 8 bytes further on; returns where it wanted it before. The lengths
