@@ -445,56 +445,56 @@ fn locked_merged_pages_are_not_swapped_out(ksm: &Ksm) -> Result<()> {
 fn compaction_moves_merged_pages(ksm: &Ksm) -> Result<()> {
     let compact = "/proc/sys/vm/compact_memory";
     let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
-    let pages = 1024;
-    let keep = |index: usize| index.is_multiple_of(4);
-    let mut regions = Vec::new();
-    // Every fourth page is equal in both processes; what lies between is given back later, so that the merged pages
-    // are left scattered over memory.
-    for (child, seed) in [(&mut one, 100_000), (&mut other, 200_000)] {
-        let region = child.map(Mapping::pages(pages))?;
-        child.fill(region, Content::Distinct(seed))?;
-        for index in (0..pages).filter(|&index| keep(index)) {
-            child.fill(region.part(index, 1), CONTENT.from_page(index))?;
+    let (parts, pages) = (64, 8);
+    let (mut here, mut there) = (Vec::new(), Vec::new());
+    // Compaction moves pages from the low end of a zone into the holes of blocks that are partly used, near its high
+    // end. So the merged pages are spread over many blocks, few to a block; and they are on the node whose zone of
+    // movable memory is used for little else, lest other pages fill the holes first.
+    for (child, regions) in [(&mut one, &mut here), (&mut other, &mut there)] {
+        let filler = child.map(Mapping::pages(parts * memory::PAGES_PER_HUGE).on_node(1))?;
+        child.fill(filler, Content::Same(3))?;
+        for part in 0..parts {
+            let region = filler.part(part * memory::PAGES_PER_HUGE, pages);
+            child.fill(region, CONTENT.from_page(part * pages))?;
+            child.advise(region, libc::MADV_MERGEABLE)?;
+            regions.push(region);
+            let rest = filler.part(
+                part * memory::PAGES_PER_HUGE + pages,
+                memory::PAGES_PER_HUGE - pages,
+            );
+            child.advise(rest, libc::MADV_DONTNEED)?;
         }
-        child.advise(region, libc::MADV_MERGEABLE)?;
-        regions.push(region);
     }
-    let (here, there) = (regions[0], regions[1]);
-    let merged = Counters::merged(pages as u64 / 4, pages as u64 / 4);
-    ksm.merge_until(merged.and_unshared(2 * 3 * pages as u64 / 4))?;
-    for index in (0..pages).filter(|&index| !keep(index)) {
-        one.advise(here.part(index, 1), libc::MADV_DONTNEED)?;
-        other.advise(there.part(index, 1), libc::MADV_DONTNEED)?;
-    }
-    let kept: Vec<usize> = (0..pages).filter(|&index| keep(index)).collect();
-    let pfn = |child: &Child, region: Region, index| {
-        Ok::<_, anyhow::Error>(child.pfns(region.part(index, 1))?[0])
-    };
-    let before = kept
-        .iter()
-        .map(|&index| pfn(&one, here, index))
-        .collect::<Result<Vec<_>>>()?;
-    let mut moved = 0;
+    let merged = Counters::merged((parts * pages) as u64, (parts * pages) as u64);
+    ksm.merge_until(merged)?;
+    let before = pfns(&one, &here)?;
     wait::until("compaction has moved a merged page", PATIENCE, || {
         fs::write(compact, "1").context(compact)?;
-        moved = 0;
-        for (&index, old) in kept.iter().zip(&before) {
-            moved += usize::from(pfn(&one, here, index)? != *old);
-        }
-        Ok(moved > 0)
+        Ok(pfns(&one, &here)? != before)
     })?;
-    for index in kept {
-        let now = pfn(&one, here, index)?;
+    let now = pfns(&one, &here)?;
+    ensure!(
+        now == pfns(&other, &there)?,
+        "a page was moved for one process only"
+    );
+    for pfn in now {
         ensure!(
-            now == pfn(&other, there, index)?,
-            "a page was moved for one process only"
-        );
-        ensure!(
-            now.flags()?.ksm(),
+            pfn.flags()?.ksm(),
             "a moved page is not a KSM page any more"
         );
-        one.verify(here.part(index, 1), CONTENT.from_page(index))?;
-        other.verify(there.part(index, 1), CONTENT.from_page(index))?;
+    }
+    for (part, (&here, &there)) in here.iter().zip(&there).enumerate() {
+        one.verify(here, CONTENT.from_page(part * pages))?;
+        other.verify(there, CONTENT.from_page(part * pages))?;
     }
     ksm.merge_until(merged)
+}
+
+/// The page frames behind several regions of a process, one after the other.
+fn pfns(child: &Child, regions: &[Region]) -> Result<Vec<Pfn>> {
+    let mut all = Vec::new();
+    for &region in regions {
+        all.extend(child.pfns(region)?);
+    }
+    Ok(all)
 }
