@@ -106,9 +106,6 @@ pub(crate) struct Forest {
     lowest: u64,
     /// Insertions and removals before the next allocation may be tried.
     pause: u32,
-    /// The array has been well filled since [`Forest::clear`], so that it may shrink when it is not
-    /// any more. Until then it waits for another pass like the last.
-    filled: bool,
 }
 
 /// Returns the top `bits` of a key: an index into 2^`bits` roots.
@@ -151,7 +148,6 @@ impl Forest {
             len: 0,
             lowest: u64::MAX,
             pause: 0,
-            filled: false,
         }
     }
 
@@ -189,9 +185,6 @@ impl Forest {
         self.len = self.len.wrapping_add(1);
 
         let roots = self.roots();
-        if self.len >= roots / 4 {
-            self.filled = true;
-        }
         if self.len > roots && self.bits < MOST_BITS {
             self.start_resize(self.bits.wrapping_add(1));
         }
@@ -239,7 +232,7 @@ impl Forest {
         }
         self.set_root(slot, root);
         self.len = self.len.wrapping_sub(1);
-        if self.len == 0 && self.filled {
+        if self.len == 0 {
             *self = Self::new();
             return;
         }
@@ -247,7 +240,7 @@ impl Forest {
             self.raise_lowest();
         }
 
-        if self.filled && self.len < self.roots() / 8 && self.bits > LEAST_BITS {
+        if self.len < self.roots() / 8 && self.bits > LEAST_BITS {
             self.start_resize(self.bits.wrapping_sub(1));
         }
         self.step(arena);
@@ -275,46 +268,6 @@ impl Forest {
         let slot = self.slot_after(self.slot(node.key()))?;
         let (_, root) = self.first_tree(slot)?;
         some(root.first(arena))
-    }
-
-    /// Forgets all records, without touching them.
-    ///
-    /// Their links stay as they are and mean nothing any more. The caller has to know which records
-    /// they were, by a number of the pass in each of them or the like; such a record must get fresh
-    /// links before it is inserted again, and must not be removed.
-    ///
-    /// The array stays, if it fits the number of records that there were, since the next pass will
-    /// need it. Emptying it takes four bytes of writing for each of its roots.
-    ///
-    /// Does not wait for memory, but may sleep.
-    pub(crate) fn clear(&mut self) {
-        let last = mem::replace(self, Self::new());
-        if last.len <= 1 {
-            return;
-        }
-        let (mut roots, mut bits) = if last.new_bits > last.bits {
-            (last.new, last.new_bits)
-        } else {
-            (last.old, last.bits)
-        };
-        let fitting = last
-            .len
-            .checked_next_power_of_two()
-            .map_or(MOST_BITS, usize::trailing_zeros);
-        if bits > fitting.wrapping_add(1) {
-            roots = KVVec::new();
-            bits = fitting;
-        }
-        if bits == 0 {
-            return;
-        }
-        roots.clear();
-        let count = 1usize.wrapping_shl(bits);
-        if roots.resize(count, Root::new(), ARRAY_FLAGS).is_ok() {
-            self.old = roots;
-            self.bits = bits;
-            self.new_bits = bits;
-        }
     }
 
     /// Verifies the forest and all of its trees. Takes O(n log n) time for n records.

@@ -21,7 +21,7 @@ use crate::{
 use kernel::page::PAGE_SHIFT;
 
 /// Bits of a hash that are kept; the low ones make room for [`Age`] and [`Planted`].
-const HASH_MASK: u64 = !0x3_ffff;
+const HASH_MASK: u64 = !0xffff;
 
 /// Bits of a place that hold the page number; x86-64 with five levels has 56-bit user addresses.
 const PAGE_BITS: u32 = 44;
@@ -55,34 +55,19 @@ impl ContentHash {
 pub(crate) enum State {
     /// In no tree.
     Idle,
-    /// In the unstable tree, if the pass is still going on.
+    /// In the unstable tree.
     Unstable(Planted),
     /// Merged: the [`Rmap`] record of the mapping.
     Merged(Id),
 }
 
-/// Where and when an item was put into the unstable tree.
+/// Where and beside what an item was put into the unstable tree.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Planted {
     /// NUMA node of the forest.
     pub(crate) nid: usize,
-    /// Number of the pass.
-    pub(crate) pass: Pass,
-}
-
-/// Number of a pass, as far as items remember it: every item is visited on every pass, so that it has only to
-/// tell this pass from the one before.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Pass(u8);
-
-impl Pass {
-    /// The first pass.
-    pub(crate) const FIRST: Self = Self(0);
-
-    /// The one after this.
-    pub(crate) fn next(self) -> Self {
-        Self(self.0.wrapping_add(1) & PASS_MASK as u8)
-    }
+    /// There were items of the same hash already, but their pages could not be merged with this one's then.
+    pub(crate) twin: bool,
 }
 
 /// How many passes have looked at a page in vain, as far as smart scan wants to know: the longer, the more
@@ -116,10 +101,10 @@ impl Age {
 
 /// Low bits of a word that hold the NUMA node; the kernel has at most 2^10.
 const NID_BITS: u32 = 10;
-/// Bits above them that hold the pass.
-const PASS_MASK: u64 = (1 << 3) - 1;
+/// The bit above them that says that there is a twin.
+const TWIN: u64 = 1 << NID_BITS;
 /// Where the age is, above both.
-const AGE_SHIFT: u32 = 13;
+const AGE_SHIFT: u32 = 11;
 const AGE_MASK: u64 = 0x1f << AGE_SHIFT;
 
 const TAG_IDLE: u64 = 0;
@@ -130,8 +115,8 @@ const TAG_MERGED: u64 = 2;
 ///
 /// # Invariants
 ///
-/// `place` is, from the top bit down: page number, slot, tag. `word` is, by tag: the hash, the age, the pass and the NUMA
-/// node; or the id of the rmap record.
+/// `place` is, from the top bit down: page number, slot, tag. `word` is, by tag: the hash, the age, the twin's bit and
+/// the NUMA node; or the id of the rmap record.
 #[derive(Default)]
 pub(crate) struct PageItem {
     links: Links,
@@ -180,7 +165,7 @@ impl PageItem {
         match self.place & 3 {
             TAG_UNSTABLE => State::Unstable(Planted {
                 nid: self.word as usize & ((1 << NID_BITS) - 1),
-                pass: Pass((self.word >> NID_BITS & PASS_MASK) as u8),
+                twin: self.word & TWIN != 0,
             }),
             TAG_MERGED => State::Merged(Id::from_raw(self.word as u32)),
             _ => State::Idle,
@@ -225,9 +210,9 @@ impl PageItem {
     /// In the unstable tree, with the hash that it has.
     pub(crate) fn set_unstable(&mut self, planted: Planted) {
         let nid = planted.nid as u64 & ((1 << NID_BITS) - 1);
-        let pass = u64::from(planted.pass.0) << NID_BITS;
+        let twin = if planted.twin { TWIN } else { 0 };
         let age = u64::from(self.age().0) << AGE_SHIFT;
-        self.set(TAG_UNSTABLE, self.hash().0 | age | pass | nid);
+        self.set(TAG_UNSTABLE, self.hash().0 | age | twin | nid);
     }
 
     /// Merged, with its rmap record.

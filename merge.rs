@@ -17,6 +17,7 @@ use crate::{
     items::{
         ContentHash,
         PageItem,
+        Planted,
         State, //
     },
     mm::{
@@ -65,6 +66,8 @@ enum Found {
     Done,
     /// Nothing is equal to it.
     Nothing,
+    /// There are pages of the same hash, but none of them can be merged with it now.
+    Twins,
 }
 
 impl Engine {
@@ -109,17 +112,28 @@ impl Engine {
                 item.grow_older();
             }
         }
-        // Not a KSM page, so the item's place in a tree, if it has one, is history.
-        self.detach(id);
-        let Some(item) = self.items.get_mut(id) else {
+        let nid = self.forest_of(nid);
+        let zero = policy.use_zero_pages && hash == self.empty;
+        let Some(item) = self.items.get(id) else {
             return;
         };
-        if item.hash() != hash {
-            // It changes often, or was never seen: not worth a search.
-            item.set_idle(hash);
+        let unchanged = item.hash() == hash;
+        let settled = item.state() == State::Unstable(Planted { nid, twin: false });
+        // It has looked for its like in the unstable tree before, and what came later has looked for it.
+        if unchanged && settled && !zero && self.stable.first_equal(nid, hash).is_none() {
+            self.trace_lookup(true, nid, hash);
             return;
         }
-        if policy.use_zero_pages && hash == self.empty {
+        // Not a KSM page, or changed: the item's place in a tree, if it has one, is history.
+        self.detach(id);
+        if !unchanged {
+            // It changes often, or was never seen: not worth a search.
+            if let Some(item) = self.items.get_mut(id) {
+                item.set_idle(hash);
+            }
+            return;
+        }
+        if zero {
             // A mapping that is gone needs nothing more; otherwise an empty page is a page like others.
             let mapped = self.map_zero_page(id);
             if let Some(space) = self.space_of(id) {
@@ -129,29 +143,43 @@ impl Engine {
                 return;
             }
         }
-        let nid = self.forest_of(nid);
         self.trace_lookups(hash, nid);
         if let Found::Done = self.merge_with_stable(id, hash, nid) {
             return;
         }
-        if let Found::Done = self.merge_with_unstable(id, hash, nid) {
-            return;
-        }
-        self.unstable.insert(&mut self.items, id, nid, &self.stats);
+        let twin = match self.merge_with_unstable(id, hash, nid) {
+            Found::Done => return,
+            Found::Nothing => false,
+            Found::Twins => true,
+        };
+        let planted = Planted { nid, twin };
+        self.unstable
+            .insert(&mut self.items, id, planted, &self.stats);
     }
 
     fn trace_lookups(&self, hash: ContentHash, nid: usize) {
+        self.trace_lookup(true, nid, hash);
+        if trace::lookup_is_on() && self.stable.first_equal(nid, hash).is_none() {
+            self.trace_lookup(false, nid, hash);
+        }
+    }
+
+    fn trace_lookup(&self, stable: bool, nid: usize, hash: ContentHash) {
         if !trace::lookup_is_on() {
             return;
         }
-        let found = self.stable.first_equal(nid, hash).is_some();
-        let depth = self.stable.depth_of(nid, hash);
-        trace::lookup(true, nid as i32, depth, found);
-        if !found {
-            let found = self.unstable.first_equal(&self.items, nid, hash).is_some();
-            let depth = self.unstable.depth_of(&self.items, nid, hash);
-            trace::lookup(false, nid as i32, depth, found);
-        }
+        let (found, depth) = if stable {
+            (
+                self.stable.first_equal(nid, hash),
+                self.stable.depth_of(nid, hash),
+            )
+        } else {
+            (
+                self.unstable.first_equal(&self.items, nid, hash),
+                self.unstable.depth_of(&self.items, nid, hash),
+            )
+        };
+        trace::lookup(stable, nid as i32, depth, found.is_some());
     }
 
     /// A mapping of a merged page: known already, or made by a fork, which does not ask for any limit.
@@ -300,6 +328,10 @@ impl Engine {
 
     fn merge_with_unstable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
         let mut candidate = self.unstable.first_equal(&self.items, nid, hash);
+        let found = match candidate {
+            Some(_) => Found::Twins,
+            None => Found::Nothing,
+        };
         for _ in 0..MOST_CANDIDATES {
             let Some(other) = candidate else { break };
             mm::breathe();
@@ -309,7 +341,7 @@ impl Engine {
                 Ok(()) | Err(_) => return Found::Done,
             }
         }
-        Found::Nothing
+        found
     }
 
     /// Merges the pages of two items: that of `id` becomes a KSM page, which is mapped in the place of that of

@@ -240,7 +240,6 @@ impl Engine {
         self.pass_start = PassStart::now(self.knobs.advisor());
         trace::start_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         mm::drain_lru_caches();
-        self.unstable.clear();
     }
 
     /// For events, cut off as stock does.

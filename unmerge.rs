@@ -134,10 +134,9 @@ impl Engine {
         pages
     }
 
-    /// Begins a new count of passes, with nothing in the unstable tree. All items must have been freed.
+    /// Begins a new count of passes. All items must have been freed.
     pub(crate) fn start_over(&mut self) {
         self.cursor = Default::default();
-        self.unstable.clear();
         self.stats.full_scans.clear();
     }
 

@@ -3,8 +3,8 @@
 //! The unstable tree: pages that did not change since the last pass and are equal to none, by their hash.
 //!
 //! The pages can be written to at any time, so a hash found here is a hint: contents are compared before
-//! anything is done, and the tree starts empty on every pass. It is keyed by the stored hash and not by
-//! the contents, so that writers cannot put it out of order.
+//! anything is done. The tree is keyed by the stored hash and not by the contents, so that writers cannot put it
+//! out of order, and need not be built anew on every pass: a page that did not change stays where it is.
 
 #![forbid(unsafe_code)]
 
@@ -17,13 +17,8 @@ use crate::{
     items::{
         ContentHash,
         PageItem,
-        Pass,
         Planted,
         State, //
-    },
-    rbtree::{
-        Links,
-        Node, //
     },
     stable_tree::forest_per_node,
     stats::Stats, //
@@ -33,8 +28,6 @@ use kernel::prelude::*;
 /// The unstable tree.
 pub(crate) struct UnstableTree {
     forests: KVec<Forest>,
-    /// Which items that say so are in the forests: those of this pass.
-    pass: Pass,
 }
 
 impl UnstableTree {
@@ -42,33 +35,22 @@ impl UnstableTree {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             forests: forest_per_node()?,
-            pass: Pass::FIRST,
         })
     }
 
-    /// Forgets all items: a new pass begins.
-    pub(crate) fn clear(&mut self) {
-        for forest in self.forests.iter_mut() {
-            forest.clear();
-        }
-        self.pass = self.pass.next();
-    }
-
-    /// Puts an item, whose hash is that of its page, into the forest of `nid`.
+    /// Puts an item, which is in no tree and whose hash is that of its page, where `planted` says.
     pub(crate) fn insert(
         &mut self,
         items: &mut Arena<PageItem>,
         id: Id,
-        nid: usize,
+        planted: Planted,
         stats: &Stats,
     ) {
-        let (Some(item), Some(forest)) = (items.get_mut(id), self.forests.get_mut(nid)) else {
+        let (Some(item), Some(forest)) = (items.get_mut(id), self.forests.get_mut(planted.nid))
+        else {
             return;
         };
-        item.set_unstable(Planted {
-            nid,
-            pass: self.pass,
-        });
+        item.set_unstable(planted);
         forest.insert(items, id);
         stats.pages_unshared.up();
     }
@@ -80,14 +62,10 @@ impl UnstableTree {
             return;
         };
         let hash = item.hash();
-        if planted.pass == self.pass {
-            if let Some(forest) = self.forests.get_mut(planted.nid) {
-                forest.remove(items, id);
-            }
+        if let Some(forest) = self.forests.get_mut(planted.nid) {
+            forest.remove(items, id);
         }
         if let Some(item) = items.get_mut(id) {
-            // Those of an item that `clear()` left behind lead nowhere.
-            *item.links_mut() = Links::new();
             item.set_idle(hash);
         }
         stats.pages_unshared.down();

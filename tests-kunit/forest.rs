@@ -182,7 +182,6 @@ mod tests {
         assert!(forest.next_equal(&arena, Id::NIL).is_none());
         forest.insert(&mut arena, Id::NIL);
         forest.remove(&mut arena, Id::from_raw(3));
-        forest.clear();
         assert_eq!(forest.len(), 0);
         assert!(forest.check(&arena).is_ok());
     }
@@ -318,77 +317,6 @@ mod tests {
         assert_eq!(visited, 3000);
         bench.model = left;
         assert!(bench.is_good());
-        Ok(())
-    }
-
-    #[test]
-    fn clearing() -> Result {
-        let mut random = Random(0x5eed_3041);
-        let mut bench = Bench::new();
-        // As passes of a scan: most of the same records again, later fewer of them.
-        for records in [1000, 1000, 1100, 5000, 5000, 300, 300, 1, 0, 2, 700] {
-            for _ in 0..records {
-                bench.insert(random.next())?;
-            }
-            assert!(bench.is_good());
-            for _ in 0..records / 10 {
-                bench.remove(random.below(bench.model.len()))?;
-            }
-            assert!(bench.is_good());
-
-            bench.forest.clear();
-            assert_eq!(bench.forest.len(), 0);
-            assert!(bench.forest.bytes() <= 4 * 4 * records);
-            assert!(bench.forest.first(&bench.arena).is_none());
-            for &(key, id) in &bench.model {
-                assert!(bench.forest.first_equal(&bench.arena, key).is_none());
-                // Forgotten, but not touched.
-                assert!(bench
-                    .arena
-                    .get(id)
-                    .is_some_and(|item| item.links.is_linked()));
-            }
-            assert!(bench.forest.check(&bench.arena).is_ok());
-
-            // With fresh links the records can be inserted again.
-            let mut model = core::mem::take(&mut bench.model);
-            for &(_, id) in &model {
-                if let Some(item) = bench.arena.get_mut(id) {
-                    item.links = Links::new();
-                }
-                bench.forest.insert(&mut bench.arena, id);
-            }
-            core::mem::swap(&mut bench.model, &mut model);
-            assert!(bench.is_good());
-            bench.forest.clear();
-            bench.model.clear();
-            bench.arena = Arena::new();
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn clearing_keeps_a_fitting_array() -> Result {
-        let mut random = Random(0x5eed_3051);
-        let mut bench = Bench::new();
-        for _ in 0..2000 {
-            bench.insert(random.next())?;
-        }
-        bench.forest.clear();
-        bench.model.clear();
-        let kept = bench.forest.bytes();
-        assert!(kept >= 4 * 1024);
-        assert!(kept <= 4 * 4096);
-
-        // Few records at the beginning of the next pass are no reason to give it up.
-        for _ in 0..200 {
-            bench.insert(random.next())?;
-            if random.below(2) == 0 {
-                bench.remove(0)?;
-            }
-            assert!(bench.is_good());
-            assert_eq!(bench.forest.bytes(), kept);
-        }
         Ok(())
     }
 }
