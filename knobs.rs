@@ -58,6 +58,7 @@ pub(crate) fn any_uint(text: &CStr) -> Result<u32> {
 }
 
 /// What `merge_across_nodes` takes: 0 or 1. `ERANGE` past an `unsigned long`, else `EINVAL`.
+#[cfg_attr(not(CONFIG_NUMA), allow(dead_code))]
 pub(crate) fn merge_across_nodes(text: &CStr) -> Result<bool> {
     match parse::ulong(text)? {
         0 => Ok(false),

@@ -142,6 +142,7 @@ impl Ksm {
     }
 
     /// Whether pages of different NUMA nodes are merged. Sleeps.
+    #[cfg(CONFIG_NUMA)]
     pub(crate) fn merge_across_nodes(&self) -> bool {
         self.state.lock().engine.merge_across_nodes
     }
@@ -172,6 +173,7 @@ impl Ksm {
     }
 
     /// Carries out a write to `merge_across_nodes`. Sleeps. `Err(EBUSY)`: pages are shared.
+    #[cfg(CONFIG_NUMA)]
     pub(crate) fn set_merge_across_nodes(&self, across: bool) -> Result {
         let _control = self.control.lock();
         let mut guard = self.engine();

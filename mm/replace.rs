@@ -94,55 +94,14 @@ impl<'a> LockedPte<'a> {
         }
     }
 
-    /// Empties the entry and flushes it from all TLBs; returns what it held.
-    fn clear_and_flush(&self) -> bindings::pte_t {
+    /// Empties the entry, which maps `page`, and flushes it from all caches and TLBs; returns what it held.
+    fn clear_and_flush(&self, page: &PageLock<'_>) -> bindings::pte_t {
+        let (vma, pfn) = (self.vma.as_ptr(), page.page().pfn());
         // SAFETY: Valid and locked by the invariant.
-        unsafe { bindings::ksm_rs_ptep_clear_flush(self.vma.as_ptr(), self.address, self.ptep) }
-    }
-
-    /// Whether the entry is still the same.
-    fn holds(&self, pte: bindings::pte_t) -> bool {
-        // SAFETY: Plain values.
-        unsafe { bindings::ksm_rs_pte_same(self.get(), pte) }
-    }
-
-    /// Puts `new` in the place of `old`, which maps `page`, and takes the mapping off that page's accounts.
-    /// `Gone`: the entry is not `old` any more, and nothing was done.
-    ///
-    /// # Safety
-    ///
-    /// What `new` maps must be accounted for this mapping. `old` must be an entry for `page` of the VMA as
-    /// [`Vma::write_protect`] left it, and `page` equal to what `new` maps.
-    pub(super) unsafe fn exchange(
-        &self,
-        old: bindings::pte_t,
-        mut new: bindings::pte_t,
-        page: &PageLock<'_>,
-    ) -> Result<(), NotMerged> {
-        if !self.holds(old) {
-            return Err(NotMerged::Gone);
-        }
-        let (raw, folio) = (page.page().as_ptr(), page.page().folio());
-        // SAFETY: The entry is locked and still maps the write-protected page. That one loses the reference and the
-        // mapcount of its mapping after the entry is flushed; our own reference keeps its folio.
         unsafe {
-            // These belong to the mapping, not to the page that it shows.
-            if bindings::ksm_rs_pte_uffd(old) {
-                new = bindings::ksm_rs_pte_mkuffd(new);
-            }
-            if bindings::ksm_rs_pte_soft_dirty(old) {
-                new = bindings::ksm_rs_pte_mksoft_dirty(new);
-            }
-            bindings::ksm_rs_flush_cache_page(self.vma.as_ptr(), self.address, page.page().pfn());
-            self.clear_and_flush();
-            self.set(new);
-            bindings::ksm_rs_folio_remove_rmap_ptes(folio, raw, 1, self.vma.as_ptr());
-            if !bindings::ksm_rs_folio_mapped(folio) {
-                bindings::ksm_rs_folio_free_swap(folio);
-            }
-            bindings::ksm_rs_folio_put(folio);
+            bindings::ksm_rs_flush_cache_page(vma, self.address, pfn);
+            bindings::ksm_rs_ptep_clear_flush(vma, self.address, self.ptep)
         }
-        Ok(())
     }
 
     /// Fills the empty entry.
@@ -163,17 +122,72 @@ impl Drop for LockedPte<'_> {
     }
 }
 
+/// The locked entry of a page that nobody can write to as long as this value lives: neither by a mapping, nor by a
+/// reference. Dropped, it leaves the page mapped as before, but write-protected.
+///
+/// # Invariants
+///
+/// `protected` is an entry for `page`, whose folio is locked. Either it is in place, or the place is empty, flushed
+/// from all TLBs, and `emptied` is set.
+pub(super) struct Protected<'a> {
+    entry: LockedPte<'a>,
+    page: &'a PageLock<'a>,
+    protected: bindings::pte_t,
+    emptied: bool,
+}
+
+impl Protected<'_> {
+    /// Puts `new` in the place of the page, and takes the mapping off that page's accounts.
+    ///
+    /// # Safety
+    ///
+    /// What `new` maps must be equal to the page, and accounted for this mapping.
+    pub(super) unsafe fn exchange(mut self, mut new: bindings::pte_t) {
+        let (raw, folio) = (self.page.page().as_ptr(), self.page.page().folio());
+        // SAFETY: The entry is locked. The page loses the reference and the mapcount of its mapping after the entry is
+        // flushed; the reference behind the folio lock keeps its folio.
+        unsafe {
+            // These belong to the mapping, not to the page that it shows.
+            if bindings::ksm_rs_pte_uffd(self.protected) {
+                new = bindings::ksm_rs_pte_mkuffd(new);
+            }
+            if bindings::ksm_rs_pte_soft_dirty(self.protected) {
+                new = bindings::ksm_rs_pte_mksoft_dirty(new);
+            }
+            if !self.emptied {
+                self.entry.clear_and_flush(self.page);
+            }
+            self.entry.set(new);
+            // INVARIANT: The place is not empty any more, and not to be filled by `drop()`.
+            self.emptied = false;
+            bindings::ksm_rs_folio_remove_rmap_ptes(folio, raw, 1, self.entry.vma.as_ptr());
+            if !bindings::ksm_rs_folio_mapped(folio) {
+                bindings::ksm_rs_folio_free_swap(folio);
+            }
+            bindings::ksm_rs_folio_put(folio);
+        }
+    }
+}
+
+impl Drop for Protected<'_> {
+    fn drop(&mut self) {
+        if self.emptied {
+            // SAFETY: The page was mapped here before, and still is on its accounts.
+            unsafe { self.entry.set(self.protected) };
+        }
+    }
+}
+
 impl Vma<'_> {
-    /// Write-protects the mapping of `page` at `address` and makes sure that nobody else can write to the
-    /// page by another way. Returns the resulting entry.
+    /// Keeps everybody from writing to `page`, mapped at `address`.
     ///
     /// The folio is small and locked; the caller's is the only reference beside those of page tables and
-    /// swap cache.
-    pub(super) fn write_protect(
-        &self,
+    /// swap cache. The result holds a spinlock: nobody may sleep as long as it lives.
+    pub(super) fn protect<'a>(
+        &'a self,
         address: usize,
-        page: &PageLock<'_>,
-    ) -> Result<bindings::pte_t, NotMerged> {
+        page: &'a PageLock<'a>,
+    ) -> Result<Protected<'a>, NotMerged> {
         let raw = page.page().as_ptr();
         let folio = page.page().folio();
         let entry = LockedPte::lock(self, address).ok_or(NotMerged::Gone)?;
@@ -187,7 +201,7 @@ impl Vma<'_> {
             return Err(NotMerged::Busy);
         }
         // SAFETY: The entry is locked and maps the page, whose folio is locked and referenced; so all of them
-        // stay. The entry is put back as it was, or write-protected, and maps the same page in both cases.
+        // stay.
         unsafe {
             let exclusive = bindings::ksm_rs_page_anon_exclusive(raw);
             if !bindings::ksm_rs_pte_write(pte)
@@ -195,14 +209,19 @@ impl Vma<'_> {
                 && !exclusive
                 && !bindings::ksm_rs_mm_tlb_flush_pending(self.mm())
             {
-                return Ok(pte);
+                // INVARIANT: In place, and write-protected already.
+                return Ok(Protected {
+                    entry,
+                    page,
+                    protected: pte,
+                    emptied: false,
+                });
             }
             // The swap cache's reference can only come and go under the folio lock.
             let swap_cache = i32::from(bindings::ksm_rs_folio_test_swapcache(folio));
-            bindings::ksm_rs_flush_cache_page(self.as_ptr(), address, page.page().pfn());
             // get_user_pages_fast() takes no lock. It cannot find the page once the entry is empty and flushed, so
             // whoever got a reference before shows in the count now, and nobody can get one after.
-            let old = entry.clear_and_flush();
+            let old = entry.clear_and_flush(page);
             let expected = bindings::ksm_rs_folio_mapcount(folio)
                 .wrapping_add(1)
                 .wrapping_add(swap_cache);
@@ -215,9 +234,13 @@ impl Vma<'_> {
             if bindings::ksm_rs_pte_dirty(old) {
                 bindings::ksm_rs_folio_mark_dirty(folio);
             }
-            let protected = bindings::ksm_rs_pte_mkclean_wrprotect(old);
-            entry.set(protected);
-            Ok(protected)
+            // INVARIANT: Just emptied and flushed; the entry's successor maps the same page.
+            Ok(Protected {
+                entry,
+                page,
+                protected: bindings::ksm_rs_pte_mkclean_wrprotect(old),
+                emptied: true,
+            })
         }
     }
 
@@ -246,7 +269,7 @@ impl Vma<'_> {
     ) -> Result<KsmPage, NotMerged> {
         Self::check(page)?;
         let _notified = Notified::start(self, address);
-        self.write_protect(address, page)?;
+        drop(self.protect(address, page)?);
         let folio = page.page().folio();
         // SAFETY: The folio is anonymous, small, locked, and every mapping of it is write-protected: what the
         // core expects of a KSM folio. A null node says that its mappings are not known yet.
@@ -273,19 +296,15 @@ impl Vma<'_> {
     ) -> Result<(), NotMerged> {
         Self::check(page)?;
         let _notified = Notified::start(self, address);
-        let protected = self.write_protect(address, page)?;
+        let protected = self.protect(address, page)?;
+        // Under the spinlock, so that the entry is emptied and flushed once and not twice: other CPUs, and guests that
+        // the memory belongs to, pay for a flush too.
         if !page.page().same_contents(kpage) {
             return Err(NotMerged::Different);
         }
-
-        let entry = LockedPte::lock(self, address).ok_or(NotMerged::Gone)?;
-        // SAFETY: The entry is locked. The KSM page gets the reference and the mapcount of its new mapping before
-        // it is mapped, which cannot fail any more.
+        // SAFETY: The contents are equal, and nobody can change them. The KSM page gets the reference and the mapcount
+        // of its new mapping before it is mapped.
         unsafe {
-            if !entry.holds(protected) {
-                // Written to, or unmapped, while it was compared.
-                return Err(NotMerged::Gone);
-            }
             let new = bindings::ksm_rs_mk_pte(kpage.as_ptr(), self.as_ptr());
             let kfolio = kpage.folio();
             bindings::ksm_rs_folio_get(kfolio);
@@ -297,7 +316,8 @@ impl Vma<'_> {
                 address,
                 0,
             );
-            entry.exchange(protected, new, page)
+            protected.exchange(new);
         }
+        Ok(())
     }
 }

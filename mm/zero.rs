@@ -11,10 +11,7 @@ use super::{
         NotMerged,
         PageLock, //
     },
-    replace::{
-        LockedPte,
-        Notified, //
-    },
+    replace::Notified,
     space::Vma, //
 };
 use kernel::sync::atomic::{
@@ -66,17 +63,17 @@ impl Vma<'_> {
             return Err(NotMerged::Busy);
         }
         let _notified = Notified::start(self, address);
-        let protected = self.write_protect(address, page)?;
+        let protected = self.protect(address, page)?;
         if !page.page().is_empty() {
             return Err(NotMerged::Different);
         }
-        let entry = LockedPte::lock(self, address).ok_or(NotMerged::Gone)?;
-        // SAFETY: Plain values; the entry is locked, and its new value maps the zero page, which is neither
+        // SAFETY: The page is empty, and nobody can write to it; the new entry maps the zero page, which is neither
         // referenced nor counted as a mapping, but in the counters that are told.
         unsafe {
             let new = bindings::ksm_rs_mk_ksm_zero_pte(self.as_ptr(), address);
-            entry.exchange(protected, new, page)?;
+            // Before anybody can unmap it, who counts it down.
             bindings::ksm_rs_count_zero_page(self.mm(), all);
+            protected.exchange(new);
         }
         Ok(())
     }
