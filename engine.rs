@@ -27,7 +27,6 @@ use crate::{
         Knobs,
         MAX_PAGE_SHARING, //
     },
-    kthread,
     mm::{
         self,
         node::{
@@ -37,8 +36,7 @@ use crate::{
     },
     registry::SlotId,
     scan::{
-        Batch,
-        Cursor, //
+        Cursors, //
     },
     slots::Slots,
     stable_tree::StableTree,
@@ -74,18 +72,18 @@ pub(crate) struct PassStart {
 }
 
 impl PassStart {
-    /// Now, in the thread that scans.
-    pub(crate) fn now(advised: bool) -> Self {
+    /// Now, the scan having taken `cpu` nanoseconds of CPU time before.
+    pub(crate) fn now(cpu: u64, advised: bool) -> Self {
         Self {
             at: Instant::now(),
-            cpu: kthread::cpu_time(),
+            cpu,
             advised,
         }
     }
 
-    /// What the pass has taken so far. To be asked by the thread that began it.
-    pub(crate) fn spent(&self) -> Spent {
-        let nanosecs = kthread::cpu_time().saturating_sub(self.cpu);
+    /// What the pass has taken so far, the scan having taken `cpu` nanoseconds by now.
+    pub(crate) fn spent(&self, cpu: u64) -> Spent {
+        let nanosecs = cpu.wrapping_sub(self.cpu);
         Spent {
             millisecs: u64::try_from(self.at.elapsed().as_millis()).unwrap_or(0),
             cpu_millisecs: nanosecs / 1_000_000,
@@ -95,7 +93,6 @@ impl PassStart {
 
 /// All that is known about pages.
 pub(crate) struct Engine {
-    pub(crate) key: hash::Key,
     /// What empty pages hash to.
     pub(crate) empty: ContentHash,
     pub(crate) stats: Arc<Stats>,
@@ -105,8 +102,9 @@ pub(crate) struct Engine {
     pub(crate) rmaps: Arena<Rmap>,
     pub(crate) stable: StableTree,
     pub(crate) unstable: UnstableTree,
-    pub(crate) cursor: Cursor,
-    pub(crate) batch: Batch,
+    pub(crate) cursors: Cursors,
+    /// What all threads have spent on scanning, as far as they have said, in nanoseconds of CPU time.
+    pub(crate) cpu: u64,
     /// When the pass began, or the last one if none is going on.
     pub(crate) pass_start: PassStart,
     pub(crate) advisor: Advisor,
@@ -124,11 +122,9 @@ pub(crate) struct Engine {
 
 impl Engine {
     /// An engine that knows nothing. Sleeps.
-    pub(crate) fn new(seed: u64, knobs: Arc<Knobs>, stats: Arc<Stats>) -> Result<Self> {
-        let key = hash::Key::new(seed);
+    pub(crate) fn new(key: &hash::Key, knobs: Arc<Knobs>, stats: Arc<Stats>) -> Result<Self> {
         Ok(Self {
-            empty: ContentHash::new(mm::page::hash_of_empty(&key)),
-            key,
+            empty: ContentHash::new(mm::page::hash_of_empty(key)),
             stats: stats.clone(),
             knobs,
             slots: Slots::new(),
@@ -136,9 +132,9 @@ impl Engine {
             rmaps: Arena::new(),
             stable: StableTree::new(stats)?,
             unstable: UnstableTree::new()?,
-            cursor: Cursor::default(),
-            batch: Batch::new()?,
-            pass_start: PassStart::now(false),
+            cursors: Cursors::new()?,
+            cpu: 0,
+            pass_start: PassStart::now(0, false),
             advisor: Advisor::default(),
             orphans: KVVec::new(),
             orphan_missed: false,
@@ -154,7 +150,7 @@ impl Engine {
             return;
         }
         let advice = self.advisor.advise(
-            self.pass_start.spent(),
+            self.pass_start.spent(self.cpu),
             self.knobs.pages_to_scan(),
             self.knobs.advisor_limits(),
         );
@@ -342,9 +338,7 @@ impl Engine {
     /// Frees items of an address space from the lowest address up, `most` at the most. Returns whether all
     /// are gone. Sleeps.
     pub(crate) fn free_items(&mut self, slot: SlotId, most: usize) -> bool {
-        if self.cursor.slot == Some(slot) {
-            self.cursor.rewind();
-        }
+        self.cursors.rewind(slot);
         for _ in 0..most {
             let Some(first) = self.slots.get(slot).map(|slot| slot.first) else {
                 return true;

@@ -394,9 +394,9 @@ void ksm_rs_task_unlock(struct task_struct *task)
 	task_unlock(task);
 }
 
-struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data)
+struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data, int number)
 {
-	return kthread_run(thread, data, "ksmd_rs");
+	return kthread_run(thread, data, number ? "ksmd_rs/%d" : "ksmd_rs", number);
 }
 
 void ksm_rs_set_user_nice(long nice)

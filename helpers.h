@@ -182,7 +182,7 @@ struct task_struct *ksm_rs_next_thread(struct task_struct *task);
 struct mm_struct *ksm_rs_task_user_mm(struct task_struct *task);
 void ksm_rs_task_lock(struct task_struct *task);
 void ksm_rs_task_unlock(struct task_struct *task);
-struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data);
+struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data, int number);
 void ksm_rs_set_user_nice(long nice);
 unsigned long long ksm_rs_cpu_time(void);
 bool ksm_rs_freezing(void);

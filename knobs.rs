@@ -6,7 +6,8 @@
 
 use crate::{
     advisor::Limits,
-    parse, //
+    parse,
+    scan::MOST_THREADS, //
 };
 use kernel::{
     prelude::*,
@@ -109,6 +110,14 @@ pub(crate) fn target_scan_time(text: &CStr) -> Result<u64> {
     }
 }
 
+/// What `scan_threads` takes: a number from 1 to [`MOST_THREADS`]; `EINVAL` for all else.
+pub(crate) fn scan_threads(text: &CStr) -> Result<u32> {
+    match any_uint(text)? {
+        threads if (1..=MOST_THREADS as u32).contains(&threads) => Ok(threads),
+        _ => Err(EINVAL),
+    }
+}
+
 /// The knobs. Written by whoever writes the files, read by anybody.
 pub(crate) struct Knobs {
     run: Atomic<u32>,
@@ -123,6 +132,7 @@ pub(crate) struct Knobs {
     advisor_min_pages: Atomic<u64>,
     advisor_max_pages: Atomic<u64>,
     advisor_target_scan_time: Atomic<u64>,
+    scan_threads: Atomic<u32>,
 }
 
 impl Knobs {
@@ -141,6 +151,7 @@ impl Knobs {
             advisor_min_pages: Atomic::new(500),
             advisor_max_pages: Atomic::new(30_000),
             advisor_target_scan_time: Atomic::new(200),
+            scan_threads: Atomic::new(1),
         }
     }
 
@@ -269,6 +280,16 @@ impl Knobs {
             min_pages: self.advisor_min_pages(),
             max_pages: self.advisor_max_pages(),
         }
+    }
+
+    /// How many threads scan.
+    pub(crate) fn scan_threads(&self) -> u32 {
+        self.scan_threads.load(Relaxed)
+    }
+
+    /// Sets how many threads scan.
+    pub(crate) fn set_scan_threads(&self, threads: u32) {
+        self.scan_threads.store(threads, Relaxed);
     }
 
     /// Most mappings of one KSM page.

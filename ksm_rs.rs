@@ -57,6 +57,7 @@ mod trace;
 mod tracepoints;
 mod unmerge;
 mod unstable_tree;
+mod workers;
 
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/advisor.rs"]
@@ -169,7 +170,7 @@ impl kernel::Module for KsmRs {
             _notifier: notifier,
         };
         ksm.set_run(run)?;
-        module.thread = Some(Thread::start(ksm.clone())?);
+        module.thread = Some(Thread::start(ksm.clone(), 0)?);
         let directory = Directory::create(&ksm.stock, ksm.clone())?;
         if drop_in {
             module.symlink = Some(Symlink::to(&directory, &ksm.stock)?);

@@ -2,8 +2,9 @@
 
 //! When the engine runs: the thread `ksmd_rs`, the states of `run`, the knobs that change the rules.
 //!
-//! Lock order: `control`, held by whoever changes `run` or the rules, for as long as that takes → the
-//! engine's mutex, held for one batch at a time. What comes below is in `mm/mod.rs`.
+//! Lock order: `control`, held by whoever changes `run`, the rules or the number of threads, for as long as that
+//! takes → a thread's batch, held by the thread for one turn → the engine's mutex, held for one batch at a time, but not
+//! while that is read. What comes below is in `mm/mod.rs`. A thread is never waited for with the engine's mutex held.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +13,7 @@ use crate::{
         Engine,
         Policy, //
     },
+    hash,
     knobs::{
         self,
         Knobs,
@@ -19,6 +21,7 @@ use crate::{
     },
     kthread::{
         self,
+        Bell,
         OomOrigin,
         Work, //
     },
@@ -31,11 +34,15 @@ use crate::{
         walk::BATCH_PAGES, //
     },
     registry::Registry,
-    scan::Progress,
+    scan::{
+        Batch,
+        Begun, //
+    },
     stats::Stats,
     stock::Stock,
     trace,
-    tracepoints, //
+    tracepoints,
+    workers::Workers, //
 };
 use kernel::{
     new_condvar,
@@ -47,6 +54,7 @@ use kernel::{
             Guard, //
         },
         Arc,
+        ArcBorrow,
         CondVar,
         Mutex, //
     },
@@ -69,6 +77,20 @@ pub(crate) struct State {
     engine: Engine,
     /// Memory is going offline: no stable node may be looked at.
     offlining: bool,
+    turn: Turn,
+}
+
+/// What all threads do together between two sleeps of the first one.
+#[derive(Default)]
+struct Turn {
+    /// Pages that are still to be looked at.
+    budget: usize,
+    /// It is on; once it is not, everybody leaves.
+    open: bool,
+    /// How many threads beside the first one take part.
+    others: usize,
+    /// What wakes them.
+    bells: KVec<Arc<Bell>>,
 }
 
 /// Everything that the thread, the files and the notifiers share.
@@ -77,13 +99,21 @@ pub(crate) struct Ksm {
     pub(crate) knobs: Arc<Knobs>,
     pub(crate) stats: Arc<Stats>,
     pub(crate) registry: Arc<Registry>,
+    /// Beside the first one.
     #[pin]
-    control: Mutex<()>,
+    control: Mutex<Workers>,
+    /// The first thread's.
+    #[pin]
+    batch: Mutex<Batch>,
     #[pin]
     state: Mutex<State>,
     /// Signalled when `offlining` ends.
     #[pin]
     online: CondVar,
+    /// Signalled when a thread has done its part of a turn.
+    #[pin]
+    parted: CondVar,
+    key: hash::Key,
     /// The last to go: stock must not run as long as there are nodes of ours.
     pub(crate) stock: Stock,
 }
@@ -95,15 +125,23 @@ impl Ksm {
     pub(crate) fn new(seed: u64, registry: Arc<Registry>, stock: Stock) -> Result<Arc<Self>> {
         let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
         let knobs = Arc::new(Knobs::new(), GFP_KERNEL)?;
-        let engine = Engine::new(seed, knobs.clone(), stats.clone())?;
+        let key = hash::Key::new(seed);
+        let engine = Engine::new(&key, knobs.clone(), stats.clone())?;
         Arc::pin_init(
             try_pin_init!(Self {
                 knobs,
                 stats,
                 registry,
-                control <- new_mutex!((), "ksm_rs::control"),
-                state <- new_mutex!(State { engine, offlining: false }, "ksm_rs::engine"),
+                control <- new_mutex!(Workers::default(), "ksm_rs::control"),
+                batch <- new_mutex!(Batch::new()?, "ksm_rs::batch"),
+                state <- new_mutex!(State {
+                    engine,
+                    offlining: false,
+                    turn: Turn::default(),
+                }, "ksm_rs::engine"),
                 online <- new_condvar!("ksm_rs::online"),
+                parted <- new_condvar!("ksm_rs::parted"),
+                key,
                 stock,
             }),
             GFP_KERNEL,
@@ -200,6 +238,38 @@ impl Ksm {
         Ok(())
     }
 
+    /// Carries out a write to `scan_threads`. Sleeps. `Err`: no more threads could be started.
+    pub(crate) fn set_scan_threads(self: ArcBorrow<'_, Self>, threads: u32) -> Result {
+        let mut workers = self.control.lock();
+        let wanted = (threads as usize).saturating_sub(1);
+        let changed = self.change_workers(&mut workers, wanted);
+        // What there is, even if it is not what was wanted.
+        self.knobs
+            .set_scan_threads((workers.len() as u32).saturating_add(1));
+        changed
+    }
+
+    /// Stops all threads beside the first one, but `most`. Sleeps.
+    fn stop_workers(&self, workers: &mut Workers, most: usize) {
+        while workers.len() > most {
+            self.state.lock().turn.bells.pop();
+            workers.stop_last();
+        }
+    }
+
+    fn change_workers(self: ArcBorrow<'_, Self>, workers: &mut Workers, wanted: usize) -> Result {
+        self.stop_workers(workers, wanted);
+        while workers.len() < wanted {
+            let bell = workers.start(self.into())?;
+            let pushed = self.state.lock().turn.bells.push(bell, GFP_KERNEL);
+            if pushed.is_err() {
+                workers.stop_last();
+                pushed?;
+            }
+        }
+        Ok(())
+    }
+
     fn no_stable_nodes(&self, engine: &mut Engine) -> Result {
         if self.stats.pages_shared.get() != 0 || engine.drop_stable_nodes() {
             return Err(EBUSY);
@@ -275,21 +345,77 @@ impl Ksm {
         }
     }
 
-    /// Scans as many pages as one turn allows. Sleeps.
+    /// Scans as many pages as one turn allows, with the help of all other threads. Sleeps.
     fn scan_turn(&self) {
-        let mut budget = self.knobs.pages_to_scan() as usize;
-        let pause =
-            || kthread::should_stop() || kthread::freezing() || self.knobs.run() != Run::Merge;
-        while budget > 0 && !pause() {
-            // Let go of after each batch: writers of knobs and memory hotplug wait for it.
-            let mut guard = self.engine();
-            let progress = guard.engine.scan(budget, self.policy(), pause);
-            drop(guard);
-            match progress {
-                Progress::Pages(pages) => budget = budget.saturating_sub(pages),
-                Progress::Nothing | Progress::PassDone => break,
+        let mut guard = self.engine();
+        guard.turn.budget = self.knobs.pages_to_scan() as usize;
+        guard.turn.open = true;
+        for bell in guard.turn.bells.iter() {
+            bell.ring();
+        }
+        drop(guard);
+        self.scan(&mut self.batch.lock(), true);
+        let mut guard = self.state.lock();
+        while guard.turn.others != 0 {
+            if self.should_pause() {
+                guard.turn.open = false;
             }
-            if self.registry.has_dead() {
+            // It may take long, which is no reason to call the thread hung; stopping and freezing wake it.
+            let _ = self.parted.wait_interruptible(&mut guard);
+        }
+        guard.turn.open = false;
+    }
+
+    /// Takes part in the turn that is on, if one is. For threads beside the first one. Sleeps.
+    pub(crate) fn take_part(&self, batch: &mut Batch) {
+        let mut guard = self.state.lock();
+        guard.turn.others = guard.turn.others.saturating_add(1);
+        drop(guard);
+        self.scan(batch, false);
+        let mut guard = self.state.lock();
+        guard.turn.others = guard.turn.others.saturating_sub(1);
+        drop(guard);
+        self.parted.notify_all();
+    }
+
+    /// Whether the current thread should leave what it is at for later.
+    fn should_pause(&self) -> bool {
+        kthread::should_stop() || kthread::freezing() || self.knobs.run() != Run::Merge
+    }
+
+    /// Scans until the turn's budget is spent, the pass is over or the rest of it is in the hands of others. Sleeps.
+    fn scan(&self, batch: &mut Batch, first: bool) {
+        let pause = || self.should_pause();
+        while !pause() {
+            // Let go of after each batch: other threads, writers of knobs and memory hotplug wait for it.
+            let mut guard = self.engine();
+            let state = &mut *guard;
+            let budget = state.turn.budget.min(BATCH_PAGES);
+            if budget == 0 || !state.turn.open {
+                break;
+            }
+            match state.engine.begin(batch, budget, self.policy(), pause) {
+                Begun::Batch => {
+                    // Nobody else may spend it meanwhile.
+                    state.turn.budget = state.turn.budget.saturating_sub(budget);
+                    drop(guard);
+                    batch.read(&self.key);
+                    guard = self.engine();
+                    let pages = guard.engine.end(batch, self.policy(), pause);
+                    let left = budget.saturating_sub(pages);
+                    guard.turn.budget = guard.turn.budget.saturating_add(left);
+                }
+                Begun::Later(pages) => {
+                    state.turn.budget = state.turn.budget.saturating_sub(pages);
+                }
+                Begun::Nothing | Begun::PassDone => {
+                    state.turn.open = false;
+                    break;
+                }
+                Begun::Others => break,
+            }
+            drop(guard);
+            if first && self.registry.has_dead() {
                 self.bury_some();
             }
             mm::breathe();
@@ -329,7 +455,8 @@ impl Ksm {
     /// What cannot be undone, for want of memory or as a process hangs in its exit, is tried again for a while; what
     /// is left then stays merged, as KSM pages that belong to no node.
     pub(crate) fn dismantle(&self) {
-        let _control = self.control.lock();
+        let mut workers = self.control.lock();
+        self.stop_workers(&mut workers, 0);
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
         for left in (0..UNLOAD_TRIES).rev() {

@@ -42,12 +42,13 @@ unsafe impl<T: Work> Send for Thread<T> {}
 unsafe impl<T: Work> Sync for Thread<T> {}
 
 impl<T: Work> Thread<T> {
-    /// Starts the thread, `ksmd_rs`. Sleeps.
-    pub(crate) fn start(work: Arc<T>) -> Result<Self> {
+    /// Starts the thread: `ksmd_rs`, or `ksmd_rs/NUMBER` if that is not 0. Sleeps.
+    pub(crate) fn start(work: Arc<T>, number: i32) -> Result<Self> {
         let data = core::ptr::from_ref::<T>(&work).cast_mut();
         // SAFETY: `main` is the function for this type of work, which stays allocated until the thread was stopped.
-        let task =
-            from_err_ptr(unsafe { bindings::ksm_rs_kthread_run(Some(main::<T>), data.cast()) })?;
+        let task = from_err_ptr(unsafe {
+            bindings::ksm_rs_kthread_run(Some(main::<T>), data.cast(), number)
+        })?;
         // INVARIANT: `main` returns only once it should stop.
         Ok(Self {
             task: NonNull::new(task).ok_or(ENOMEM)?,

@@ -14,6 +14,7 @@ use crate::{
         MergedRmap,
         Policy, //
     },
+    hash,
     items::{
         ContentHash,
         PageItem,
@@ -41,6 +42,8 @@ use kernel::prelude::*;
 /// What was seen at an address.
 #[derive(Clone, Copy)]
 pub(crate) enum Seen {
+    /// A page of its own that has not been read yet.
+    Unread,
     /// A page of its own, with the hash of its contents and the NUMA node of its memory.
     Page {
         /// Hash.
@@ -70,14 +73,21 @@ enum Found {
     Twins,
 }
 
+impl Seen {
+    /// What a page of its own contains.
+    pub(crate) fn of(page: &PageRef, key: &hash::Key) -> Self {
+        Self::Page {
+            hash: ContentHash::new(page.hash(key)),
+            nid: page.nid(),
+        }
+    }
+}
+
 impl Engine {
-    /// What `page` is, to be decided on once the reference is gone.
+    /// What `page` is, to be decided on once it has been read and the reference is gone.
     pub(crate) fn see(&self, page: &PageRef) -> Seen {
         if !page.is_ksm() {
-            return Seen::Page {
-                hash: ContentHash::new(page.hash(&self.key)),
-                nid: page.nid(),
-            };
+            return Seen::Unread;
         }
         match StableNode::owner_of(page) {
             Some(id)
@@ -102,7 +112,7 @@ impl Engine {
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
                 self.unshare(id);
             }
-            Seen::Skipped => {}
+            Seen::Unread | Seen::Skipped => {}
         }
     }
 

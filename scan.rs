@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which page is next: the cursor over address spaces, VMAs and page tables, a batch at a time.
+//! Which page is next: cursors over address spaces, VMAs and page tables, a batch at a time.
 //!
-//! One turn of the mmap lock and of a page table's lock gathers up to a page table's worth of pages; they
-//! are hashed with no lock held, and their references are given up before anything is decided, as a page
+//! One turn of the mmap lock gathers a few page tables' worth of pages at the most; they are hashed with no lock
+//! held, not even the engine's, and their references are given up before anything is decided, as a page
 //! that we hold twice can neither be split nor merged.
+//!
+//! Any number of threads scan at the same time, each with a [`Batch`] of its own: in [`Engine::begin`] it takes a
+//! cursor that nobody else holds and fills the batch, and in [`Engine::end`] it decides on what it has seen, and
+//! lets go of the cursor. No two cursors are in the same address space.
 
 #![forbid(unsafe_code)]
 
@@ -16,10 +20,12 @@ use crate::{
         PassStart,
         Policy, //
     },
+    hash,
     items::{
         PageItem,
         State, //
     },
+    kthread,
     merge::Seen,
     mm::{
         self,
@@ -36,18 +42,22 @@ use kernel::{
     prelude::*, //
 };
 
-/// Where the scan is.
+/// Where the scan of an address space is.
 ///
 /// # Invariants
 ///
-/// If `slot` is set, a pass is going on in that address space; `last` is its item with the highest address
-/// at which a page was found, or nil if there is none. Items behind it and below `address` are of pages that are
-/// gone, and to be freed.
+/// If `slot` is set, a pass is going on in that address space, and no other cursor is in it; `last` is its item with
+/// the highest address at which a page was found, or nil if there is none. Items behind it and below `address` are of
+/// pages that are gone, and to be freed.
 pub(crate) struct Cursor {
-    /// The address space; `None` between passes.
+    /// The address space; `None` if the cursor is not in use.
     pub(crate) slot: Option<SlotId>,
     address: usize,
     last: Id,
+    /// A thread is at work with it.
+    held: bool,
+    /// How often it was sent back: what was gathered before that is out of date.
+    rewinds: u32,
 }
 
 impl Default for Cursor {
@@ -56,17 +66,17 @@ impl Default for Cursor {
             slot: None,
             address: 0,
             last: Id::NIL,
+            held: false,
+            rewinds: 0,
         }
     }
 }
 
 impl Cursor {
-    /// At the start of an address space.
-    pub(crate) fn at(slot: SlotId) -> Self {
-        Self {
-            slot: Some(slot),
-            ..Self::default()
-        }
+    /// To the start of another address space, or out of use.
+    pub(crate) fn enter(&mut self, slot: Option<SlotId>) {
+        self.slot = slot;
+        self.rewind();
     }
 
     /// Where the scan goes on.
@@ -83,6 +93,7 @@ impl Cursor {
     pub(crate) fn rewind(&mut self) {
         self.address = 0;
         self.last = Id::NIL;
+        self.rewinds = self.rewinds.wrapping_add(1);
     }
 
     /// Behind a page that has been dealt with, whose item is `last`.
@@ -97,39 +108,112 @@ impl Cursor {
     }
 }
 
-/// Room for a batch, kept from one to the next.
+/// Most threads that can scan at the same time.
+pub(crate) const MOST_THREADS: usize = 64;
+
+/// All cursors, and how far the pass has come.
+pub(crate) struct Cursors {
+    /// One for each thread that there may be: more address spaces are not under scan at a time.
+    all: KVec<Cursor>,
+    /// The first address space that has had no cursor in it; `None` between passes.
+    next: Option<SlotId>,
+}
+
+impl Cursors {
+    /// All of them out of use. Sleeps.
+    pub(crate) fn new() -> Result<Self> {
+        let mut all = KVec::with_capacity(MOST_THREADS, GFP_KERNEL)?;
+        for _ in 0..MOST_THREADS {
+            all.push(Cursor::default(), GFP_KERNEL)?;
+        }
+        Ok(Self { all, next: None })
+    }
+
+    fn get(&self, at: usize) -> Option<&Cursor> {
+        self.all.get(at)
+    }
+
+    fn get_mut(&mut self, at: usize) -> Option<&mut Cursor> {
+        self.all.get_mut(at)
+    }
+
+    /// Sends the cursor in an address space, if there is one, back to its start.
+    pub(crate) fn rewind(&mut self, slot: SlotId) {
+        for cursor in self.all.iter_mut() {
+            if cursor.slot == Some(slot) {
+                cursor.rewind();
+            }
+        }
+    }
+
+    /// Gives the pass up: the next one begins at the first address space.
+    pub(crate) fn reset(&mut self) {
+        for cursor in self.all.iter_mut() {
+            cursor.enter(None);
+        }
+        self.next = None;
+    }
+}
+
+/// What a thread has gathered, from [`Engine::begin`] to [`Engine::end`]; kept from one time to the next.
 ///
 /// # Invariants
 ///
-/// Both vectors have room for [`BATCH_PAGES`].
+/// Both vectors have room for [`BATCH_PAGES`]. Unless `found` is empty, there is a `seen` for each of it.
 pub(crate) struct Batch {
     found: KVec<Found>,
     seen: KVec<(usize, Seen)>,
+    /// The cursor that it came from, and how often that had been sent back.
+    cursor: usize,
+    rewinds: u32,
+    /// Where the scan goes on behind it.
+    resume: usize,
+    /// The CPU time of the thread that the engine knows of, in nanoseconds.
+    cpu: u64,
 }
 
 /// How many items of pages that are gone are freed in the time of looking at one page, about.
 const FREED_PER_PAGE: usize = 16;
 
-/// How many pages one call of [`Engine::scan`] finds at the most, those that smart scan leaves out included.
-const MOST_FOUND: usize = 4 * BATCH_PAGES;
+/// Page tables are gathered from under one hold of the mmap lock until there are this many pages: where memory is
+/// sparse, getting there costs more than the pages.
+const ENOUGH: usize = BATCH_PAGES / 8;
 
 impl Batch {
-    /// An empty batch. Sleeps.
+    /// An empty batch, for one thread. Sleeps.
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             found: KVec::with_capacity(BATCH_PAGES, GFP_KERNEL)?,
             seen: KVec::with_capacity(BATCH_PAGES, GFP_KERNEL)?,
+            cursor: 0,
+            rewinds: 0,
+            resume: 0,
+            cpu: 0,
         })
+    }
+
+    /// Reads the pages that have to be, and gives up the references on all of them. Needs no lock.
+    pub(crate) fn read(&mut self, key: &hash::Key) {
+        for (page, (_, seen)) in self.found.iter().zip(self.seen.iter_mut()) {
+            if let Seen::Unread = seen {
+                *seen = Seen::of(&page.page, key);
+            }
+        }
+        self.found.clear();
     }
 }
 
-/// How a call of [`Engine::scan`] ended.
+/// How a call of [`Engine::begin`] ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Progress {
-    /// Looked at this many pages; the pass goes on.
-    Pages(usize),
+pub(crate) enum Begun {
+    /// The batch holds pages; [`Engine::end`] must follow.
+    Batch,
+    /// Nothing yet, for the price of looking at this many pages; the pass goes on.
+    Later(usize),
     /// There is nothing to scan.
     Nothing,
+    /// What is left of the pass is in the hands of other threads.
+    Others,
     /// The pass is complete.
     PassDone,
 }
@@ -147,98 +231,156 @@ enum Gathered {
 }
 
 impl Engine {
-    /// Looks at pages, `budget` or [`BATCH_PAGES`] at the most, where the last call left off. `pause` is asked
-    /// between pages whether to leave the rest for later. Sleeps.
-    pub(crate) fn scan(
+    /// Gathers pages, `budget` or [`BATCH_PAGES`] at the most, where somebody left off. `pause` is asked whether to
+    /// leave it for later. Sleeps.
+    pub(crate) fn begin(
         &mut self,
+        batch: &mut Batch,
         budget: usize,
         policy: Policy,
         pause: impl Fn() -> bool,
-    ) -> Progress {
-        let mut left = budget.min(BATCH_PAGES);
-        let mut found = 0usize;
+    ) -> Begun {
+        let limit = budget.min(BATCH_PAGES);
+        let mut spent = 0usize;
         // Page tables and address spaces without pages cost time too.
         for _ in 0..BATCH_PAGES {
-            if pause() {
+            if pause() || spent >= limit {
                 break;
             }
-            let Some(slot) = self.current_slot() else {
-                return if self.cursor.slot.is_some() {
-                    self.finish_pass();
-                    Progress::PassDone
-                } else {
-                    Progress::Nothing
-                };
+            if self.cursors.next.is_none() {
+                if self.slots.is_empty() {
+                    return Begun::Nothing;
+                }
+                self.start_pass(batch);
+            }
+            let Some((at, slot)) = self.free_cursor() else {
+                if self.cursors.all.iter().any(|cursor| cursor.held) {
+                    return Begun::Others;
+                }
+                self.finish_pass(batch);
+                return Begun::PassDone;
             };
-            if !self.free_items_before(slot, self.cursor.address()) {
+            let address = self.cursors.get(at).map_or(0, Cursor::address);
+            if !self.free_items_before(at, slot, address) {
                 // Less work than looking at pages, but work: the thread gets its sleep.
-                left = left.saturating_sub(BATCH_PAGES / FREED_PER_PAGE);
+                spent = spent.saturating_add(BATCH_PAGES / FREED_PER_PAGE);
                 break;
             }
-            match self.gather(slot, left, policy) {
+            match self.gather(batch, at, slot, limit.saturating_sub(spent), policy) {
                 Gathered::Pages(resume) => {
-                    found = found.saturating_add(self.batch.seen.len());
-                    left = left.saturating_sub(self.decide(slot, policy, &pause));
-                    let paused = !self.batch.seen.is_empty();
-                    self.batch.seen.clear();
-                    if paused {
-                        break;
+                    batch.cursor = at;
+                    batch.resume = resume;
+                    if let Some(cursor) = self.cursors.get_mut(at) {
+                        batch.rewinds = cursor.rewinds;
+                        cursor.held = true;
                     }
-                    self.cursor.skip_to(resume);
+                    return Begun::Batch;
                 }
                 Gathered::Later(resume) => {
-                    self.cursor.skip_to(resume);
+                    self.skip_to(at, resume);
                     break;
                 }
                 Gathered::End => {
-                    self.cursor.skip_to(usize::MAX);
-                    if !self.free_items_before(slot, usize::MAX) {
+                    self.skip_to(at, usize::MAX);
+                    if !self.free_items_before(at, slot, usize::MAX) {
                         break;
                     }
-                    if self.leave(slot) {
-                        return Progress::PassDone;
-                    }
+                    self.leave(at);
                 }
                 Gathered::Exiting => {
                     // It never comes back: its items need not wait for the report of its exit.
                     if !self.free_items(slot, BATCH_PAGES) {
                         break;
                     }
-                    if self.leave(slot) {
-                        return Progress::PassDone;
-                    }
+                    self.leave(at);
                 }
             }
-            if left == 0 || found >= MOST_FOUND {
-                break;
-            }
         }
-        Progress::Pages(budget.min(BATCH_PAGES).saturating_sub(left))
+        Begun::Later(spent)
     }
 
-    /// The address space under the cursor, or the next one; starts a pass if none is going on. `None` at the
-    /// end of a pass, or if there is no address space.
-    fn current_slot(&mut self) -> Option<SlotId> {
-        let from = match self.cursor.slot {
-            Some(slot) => slot,
-            None => {
-                self.slots.next_used(0)?;
-                self.start_pass();
-                0
+    /// Decides on the pages of a batch that [`Engine::begin`] has filled and [`Batch::read`] has read. Returns how
+    /// many were looked at. `pause` is asked between pages whether to leave the rest for later. Sleeps.
+    pub(crate) fn end(
+        &mut self,
+        batch: &mut Batch,
+        policy: Policy,
+        pause: impl Fn() -> bool,
+    ) -> usize {
+        let at = batch.cursor;
+        let slot = match self.cursors.get_mut(at) {
+            Some(cursor) => {
+                cursor.held = false;
+                // Else what is known of the address space was freed meanwhile, and maybe all of it is gone.
+                cursor.slot.filter(|_| cursor.rewinds == batch.rewinds)
             }
+            None => None,
         };
-        let slot = self.slots.next_used(from)?;
-        if self.cursor.slot != Some(slot) {
-            self.cursor = Cursor::at(slot);
+        let mut pages = 0;
+        if let Some(slot) = slot {
+            let (looked_at, all) = self.decide(batch, at, slot, policy, &pause);
+            pages = looked_at;
+            if all {
+                self.skip_to(at, batch.resume);
+            }
         }
-        Some(slot)
+        batch.seen.clear();
+        if self.pass_start.advised {
+            self.account(batch);
+        }
+        pages
     }
 
-    fn start_pass(&mut self) {
+    /// Adds what the current thread, to which the batch belongs, has spent since the last time.
+    fn account(&mut self, batch: &mut Batch) {
+        let now = kthread::cpu_time();
+        self.cpu = self.cpu.wrapping_add(now.wrapping_sub(batch.cpu));
+        batch.cpu = now;
+    }
+
+    /// A cursor that nobody holds, in an address space: where somebody left off, or at the start of the next one.
+    fn free_cursor(&mut self) -> Option<(usize, SlotId)> {
+        for (at, cursor) in self.cursors.all.iter_mut().enumerate() {
+            match cursor.slot {
+                Some(slot) if !cursor.held => {
+                    if self.slots.get(slot).is_some() {
+                        return Some((at, slot));
+                    }
+                    cursor.enter(None);
+                }
+                _ => {}
+            }
+        }
+        let slot = self.slots.next_used(self.cursors.next?)?;
+        let all = &mut self.cursors.all;
+        let at = all
+            .iter()
+            .position(|cursor| cursor.slot.is_none() && !cursor.held)?;
+        all.get_mut(at)?.enter(Some(slot));
+        self.cursors.next = Some(slot.saturating_add(1));
+        Some((at, slot))
+    }
+
+    fn skip_to(&mut self, at: usize, address: usize) {
+        if let Some(cursor) = self.cursors.get_mut(at) {
+            cursor.skip_to(address);
+        }
+    }
+
+    /// Takes the cursor out of an address space that has been scanned to its end.
+    fn leave(&mut self, at: usize) {
+        if let Some(cursor) = self.cursors.get_mut(at) {
+            cursor.enter(None);
+        }
+    }
+
+    fn start_pass(&mut self, batch: &mut Batch) {
+        self.account(batch);
+        self.cursors.next = Some(0);
+        self.pass_start = PassStart::now(self.cpu, self.knobs.advisor());
+        trace::start_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         // Pages that wait in a per-CPU cache to get on an LRU list have a reference too many to be merged, and may
         // wait there for long.
-        self.pass_start = PassStart::now(self.knobs.advisor());
-        trace::start_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         mm::drain_lru_caches();
     }
 
@@ -247,61 +389,62 @@ impl Engine {
         self.stats.full_scans.get() as i32
     }
 
-    fn finish_pass(&mut self) {
-        self.cursor = Cursor::default();
+    fn finish_pass(&mut self, batch: &mut Batch) {
+        self.cursors.next = None;
         self.sweep_orphans();
+        self.account(batch);
         self.advise();
         trace::stop_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
         self.stats.full_scans.up();
     }
 
-    /// Leaves an address space that has been scanned to its end. Returns whether that completed the pass.
-    fn leave(&mut self, slot: SlotId) -> bool {
-        let next = slot.saturating_add(1);
-        let last = self.slots.next_used(next).is_none();
-        if last {
-            self.finish_pass();
-        } else {
-            self.cursor = Cursor::at(next);
-        }
-        last
-    }
-
-    /// Fills the batch with what is seen from the cursor on.
-    fn gather(&mut self, slot: SlotId, limit: usize, policy: Policy) -> Gathered {
+    /// Fills the batch with what is seen from a cursor on.
+    fn gather(
+        &mut self,
+        batch: &mut Batch,
+        cursor: usize,
+        slot: SlotId,
+        limit: usize,
+        policy: Policy,
+    ) -> Gathered {
         let Some(entered) = self.slots.get(slot).and_then(|slot| slot.space.enter()) else {
             return Gathered::Exiting;
         };
-        let mut found = core::mem::replace(&mut self.batch.found, KVec::new());
+        let found = &mut batch.found;
+        let enough = limit.min(ENOUGH);
         let locked = entered.lock();
-        let mut address = self.cursor.address();
+        let mut address = self.cursors.get(cursor).map_or(0, Cursor::address);
         let gathered = loop {
             let Some(vma) = locked.mergeable_from(address) else {
-                break Gathered::End;
+                break match found.is_empty() {
+                    true => Gathered::End,
+                    false => Gathered::Pages(address),
+                };
             };
-            address = vma.gather(address, limit, &mut found);
-            if !found.is_empty() {
+            address = vma.gather(address, limit, enough, found);
+            if found.len() >= enough {
                 break Gathered::Pages(address);
             }
             if address < vma.end() || locked.contended() {
-                break Gathered::Later(address);
+                break match found.is_empty() {
+                    true => Gathered::Later(address),
+                    false => Gathered::Pages(address),
+                };
             }
         };
         drop(locked);
         drop(entered);
 
-        if let Some(first) = found.first().map(|page| page.address) {
+        if let Some(first) = batch.found.first().map(|page| page.address) {
             // They may be very many: the pages are found again, from here on, once all of them are freed.
-            if !self.free_items_before(slot, first) {
-                found.clear();
-                self.batch.found = found;
+            if !self.free_items_before(cursor, slot, first) {
+                batch.found.clear();
                 return Gathered::Later(first);
             }
         }
-        let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
-        seen.clear();
-        let mut at = self.behind(slot, self.cursor.last());
-        for page in found.iter() {
+        let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
+        let mut at = self.behind(slot, last);
+        for page in batch.found.iter() {
             while self
                 .items
                 .get(at)
@@ -315,11 +458,8 @@ impl Engine {
                 self.see(&page.page)
             };
             // There is room for as many as were found.
-            let _ = seen.push_within_capacity((page.address, what));
+            let _ = batch.seen.push_within_capacity((page.address, what));
         }
-        found.clear();
-        self.batch.found = found;
-        self.batch.seen = seen;
         gathered
     }
 
@@ -333,21 +473,29 @@ impl Engine {
         }) && !page.page.is_ksm()
     }
 
-    /// Decides on the pages of the batch, in order; leaves an empty one unless it was paused. Returns how many
-    /// were decided on.
-    fn decide(&mut self, slot: SlotId, policy: Policy, pause: &impl Fn() -> bool) -> usize {
-        let mut seen = core::mem::replace(&mut self.batch.seen, KVec::new());
+    /// Decides on the pages of the batch, in order. Returns how many were looked at, and whether these, and those that
+    /// smart scan leaves out, are all.
+    fn decide(
+        &mut self,
+        batch: &Batch,
+        cursor: usize,
+        slot: SlotId,
+        policy: Policy,
+        pause: &impl Fn() -> bool,
+    ) -> (usize, bool) {
         let mut pages = 0usize;
         let mut skipped = 0usize;
-        let mut paused = false;
-        for (address, what) in seen.iter() {
-            if pause() || !self.free_items_before(slot, *address) {
-                paused = true;
+        let mut all = true;
+        for (address, what) in batch.seen.iter() {
+            if pause() || !self.free_items_before(cursor, slot, *address) {
+                all = false;
                 break;
             }
-            match self.item_at(slot, *address) {
+            match self.item_at(cursor, slot, *address) {
                 Some(id) => {
-                    self.cursor.step(*address, id);
+                    if let Some(cursor) = self.cursors.get_mut(cursor) {
+                        cursor.step(*address, id);
+                    }
                     if let Seen::Skipped = what {
                         // No work: it is not charged to the budget.
                         self.skip_page(id);
@@ -363,16 +511,12 @@ impl Engine {
             mm::breathe();
         }
         if trace::batch_is_on() {
-            if let (Some(slot), Some((first, _))) = (self.slots.get(slot), seen.first()) {
+            if let (Some(slot), Some((first, _))) = (self.slots.get(slot), batch.seen.first()) {
                 let all = pages.saturating_add(skipped) as u32;
                 trace::batch(slot.space.key(), *first, all, skipped as u32);
             }
         }
-        if !paused {
-            seen.clear();
-        }
-        self.batch.seen = seen;
-        pages
+        (pages, all)
     }
 
     fn skip_page(&mut self, id: Id) {
@@ -385,8 +529,8 @@ impl Engine {
 
     /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them
     /// at the most. Returns whether all are gone.
-    fn free_items_before(&mut self, slot: SlotId, address: usize) -> bool {
-        let last = self.cursor.last();
+    fn free_items_before(&mut self, cursor: usize, slot: SlotId, address: usize) -> bool {
+        let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
         for _ in 0..BATCH_PAGES {
             let next = self.behind(slot, last);
             match self.items.get(next).map(PageItem::address) {
@@ -401,8 +545,8 @@ impl Engine {
     }
 
     /// The item of a page, which is the one behind the cursor's last, or made now.
-    fn item_at(&mut self, slot: SlotId, address: usize) -> Option<Id> {
-        let last = self.cursor.last();
+    fn item_at(&mut self, cursor: usize, slot: SlotId, address: usize) -> Option<Id> {
+        let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
         let next = self.behind(slot, last);
         if !next.is_nil() && self.items.get(next).map(PageItem::address) == Some(address) {
             return Some(next);

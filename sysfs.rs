@@ -24,7 +24,8 @@ use kernel::{
             Atomic,
             Release, //
         },
-        Arc, //
+        Arc,
+        ArcBorrow, //
     }, //
 };
 
@@ -44,7 +45,7 @@ trait File {
     /// The value that it shows.
     fn show(ksm: &Ksm) -> Shown;
     /// Carries out a write of `text`.
-    fn store(ksm: &Ksm, text: &CStr) -> Result;
+    fn store(ksm: ArcBorrow<'_, Ksm>, text: &CStr) -> Result;
 }
 
 /// What a file shows, with a newline behind.
@@ -113,8 +114,8 @@ macro_rules! file {
                 show_as(ksm, $show)
             }
 
-            fn store(ksm: &Ksm, text: &CStr) -> Result {
-                let store: fn(&Ksm, &CStr) -> Result = $store;
+            fn store(ksm: ArcBorrow<'_, Ksm>, text: &CStr) -> Result {
+                let store: fn(ArcBorrow<'_, Ksm>, &CStr) -> Result = $store;
                 store(ksm, text)
             }
         }
@@ -182,6 +183,12 @@ file!(
         ksm.knobs.set_smart_scan(knobs::smart_scan(text)?);
         Ok(())
     }
+);
+file!(
+    ScanThreads,
+    c"scan_threads",
+    |ksm| ksm.knobs.scan_threads(),
+    |ksm, text| ksm.set_scan_threads(knobs::scan_threads(text)?)
 );
 file!(
     AdvisorMode,
@@ -335,6 +342,7 @@ files!(
     StableNodeChains,
     StableNodeDups,
     AllocFailures,
+    ScanThreads,
 );
 
 /// Reads a file.
@@ -350,7 +358,7 @@ unsafe extern "C" fn show<F: File>(
     with(|ksm| {
         // SAFETY: sysfs passes a buffer of a page; each format wants the one argument that follows it.
         let length = unsafe {
-            match F::show(ksm) {
+            match F::show(&ksm) {
                 Shown::Unsigned(number) => {
                     bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), number)
                 }
@@ -384,13 +392,14 @@ unsafe extern "C" fn store<F: File>(
     })
 }
 
-fn with(work: impl FnOnce(&Ksm) -> Result<isize>) -> isize {
+fn with(work: impl FnOnce(ArcBorrow<'_, Ksm>) -> Result<isize>) -> isize {
     let ksm = SHOWN.load(Acquire) as *const Ksm;
-    // SAFETY: `Directory` keeps it allocated until its files are gone, and the removal of files waits for whoever
-    // is in them.
-    let result = match unsafe { ksm.as_ref() } {
-        Some(ksm) => work(ksm),
-        None => Err(ENODEV),
+    let result = if ksm.is_null() {
+        Err(ENODEV)
+    } else {
+        // SAFETY: It is the address in the `Arc` of a `Directory`, which keeps it allocated until its files are gone;
+        // and the removal of files waits for whoever is in them.
+        work(unsafe { ArcBorrow::from_raw(ksm) })
     };
     result.unwrap_or_else(|error| error.to_errno() as isize)
 }
@@ -428,7 +437,7 @@ impl Directory {
             );
             ENOMEM
         })?;
-        SHOWN.store(core::ptr::from_ref::<Ksm>(&ksm) as usize, Release);
+        SHOWN.store(Arc::as_ptr(&ksm) as usize, Release);
         // INVARIANT: Both have just been set.
         let directory = Self { kobject, _ksm: ksm };
         // SAFETY: sysfs copies what it needs of the group itself; the attributes are statics.

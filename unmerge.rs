@@ -100,7 +100,7 @@ impl Engine {
         if !self.free_items(slot, most) {
             return false;
         }
-        // A cursor on it finds the next address space by itself, being at this one's start.
+        // A cursor in it finds another address space by itself, being at this one's start.
         drop(self.slots.remove(slot));
         true
     }
@@ -136,7 +136,7 @@ impl Engine {
 
     /// Begins a new count of passes. All items must have been freed.
     pub(crate) fn start_over(&mut self) {
-        self.cursor = Default::default();
+        self.cursors.reset();
         self.stats.full_scans.clear();
     }
 

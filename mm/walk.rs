@@ -32,17 +32,25 @@ pub(crate) struct Found {
 struct Gather<'a> {
     found: &'a mut KVec<Found>,
     limit: usize,
+    /// How many pages are worth ending the walk for.
+    enough: usize,
     /// Where the next gathering goes on.
     resume: usize,
 }
 
 impl Vma<'_> {
     /// Collects anonymous pages mapped in `[from, end of the VMA)`, in address order, with a reference on
-    /// each, into the spare capacity of `found`: those of the first page table that has any, at the most
-    /// `limit`. Page tables without any are passed over until somebody waits for the mmap lock.
+    /// each, into the spare capacity of `found`, until that has `limit` of them. Ends sooner at the end of a page table:
+    /// when there are `enough`, or when somebody waits for the mmap lock.
     ///
     /// Returns the address to go on from. Sleeps between page tables, never allocates.
-    pub(crate) fn gather(&self, from: usize, limit: usize, found: &mut KVec<Found>) -> usize {
+    pub(crate) fn gather(
+        &self,
+        from: usize,
+        limit: usize,
+        enough: usize,
+        found: &mut KVec<Found>,
+    ) -> usize {
         let from = from.max(self.start());
         if from >= self.end() {
             return self.end();
@@ -50,6 +58,7 @@ impl Vma<'_> {
         let mut gather = Gather {
             found,
             limit,
+            enough,
             resume: self.end(),
         };
         // SAFETY: The mmap lock is held for reading, the range lies inside the VMA, and `gather` outlives the
@@ -232,7 +241,7 @@ unsafe fn for_each_anon_page(
     }
 }
 
-/// Collects the pages behind one PMD entry; stops the walk once there are any.
+/// Collects the pages behind one PMD entry; stops the walk once there are enough.
 ///
 /// # Safety
 ///
@@ -262,7 +271,7 @@ unsafe extern "C" fn gather_pmd_entry(
             pushed
         })
     };
-    if !gather.found.is_empty() {
+    if gather.found.len() >= gather.enough {
         return 1;
     }
     super::breathe();

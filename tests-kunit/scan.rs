@@ -10,12 +10,19 @@ use crate::{
         BATCH_PAGES,
         PAGE_TABLE_SPAN, //
     },
+    registry::SlotId,
     scan::Cursor, //
 };
 use kernel::{
     page::PAGE_SIZE,
     prelude::*, //
 };
+
+fn at(slot: SlotId) -> Cursor {
+    let mut cursor = Cursor::default();
+    cursor.enter(Some(slot));
+    cursor
+}
 
 #[kunit_tests(ksm_rs_scan)]
 mod tests {
@@ -29,7 +36,7 @@ mod tests {
 
     #[test]
     fn a_cursor_starts_below_everything() {
-        let cursor = Cursor::at(5);
+        let cursor = at(5);
         assert_eq!(cursor.slot, Some(5));
         assert_eq!(cursor.address(), 0);
         assert!(cursor.last().is_nil());
@@ -38,7 +45,7 @@ mod tests {
 
     #[test]
     fn a_step_goes_behind_the_page_and_remembers_its_item() {
-        let mut cursor = Cursor::at(0);
+        let mut cursor = at(0);
         cursor.step(0x20_0000, Id::from_raw(9));
         assert_eq!(cursor.address(), 0x20_1000);
         assert!(cursor.last() == Id::from_raw(9));
@@ -46,7 +53,7 @@ mod tests {
 
     #[test]
     fn a_cursor_never_goes_back_but_to_the_start() {
-        let mut cursor = Cursor::at(0);
+        let mut cursor = at(0);
         cursor.step(0x40_0000, Id::from_raw(1));
         cursor.skip_to(0x20_0000);
         assert_eq!(cursor.address(), 0x40_1000);
@@ -61,7 +68,7 @@ mod tests {
 
     #[test]
     fn the_last_page_of_all_does_not_wrap_the_cursor() {
-        let mut cursor = Cursor::at(0);
+        let mut cursor = at(0);
         cursor.step(usize::MAX - (PAGE_SIZE - 1), Id::from_raw(1));
         assert_eq!(cursor.address(), usize::MAX);
     }
