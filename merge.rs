@@ -104,6 +104,10 @@ impl Engine {
 
     /// Decides on the page of an item. Sleeps.
     pub(crate) fn consider(&mut self, id: Id, seen: Seen, policy: Policy) {
+        if !matches!(seen, Seen::Merged(..)) && self.is_merged_now(id) {
+            // By one before it in the batch, or by another thread, after it was seen.
+            return;
+        }
         match seen {
             Seen::Page { hash, nid } => self.consider_page(id, hash, nid, policy),
             Seen::Merged(node, nid) => self.consider_merged(id, node, nid),
@@ -114,6 +118,19 @@ impl Engine {
             }
             Seen::Unread | Seen::Skipped => {}
         }
+    }
+
+    /// Whether an item that says it is merged still maps its node's page. Sleeps.
+    fn is_merged_now(&self, id: Id) -> bool {
+        let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) else {
+            return false;
+        };
+        let node = self.rmaps.get(rmap).and_then(|rmap| rmap.node);
+        let Some(node) = node.and_then(|node| self.stable.node(node)) else {
+            return false;
+        };
+        self.fetch(id)
+            .is_some_and(|page| page.is_ksm() && node.stands_for(&page))
     }
 
     fn consider_page(&mut self, id: Id, hash: ContentHash, nid: usize, policy: Policy) {

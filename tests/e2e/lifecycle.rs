@@ -42,6 +42,7 @@ ksm_e2e::tests![module_test:
     unloading_while_pages_are_read_back,
     unloading_gives_up_pages_held_in_the_swap_cache,
     unloading_takes_zero_pages_away,
+    unloading_ends_all_threads,
     an_idle_module_wakes_nobody,
 ];
 
@@ -648,6 +649,29 @@ fn unloading_takes_zero_pages_away(ksm: &Ksm) -> Result<()> {
         ensure!(!pfn.flags()?.zero_page(), "a page is still the zero page");
     }
     child.verify(region, Content::Zero)
+}
+
+fn unloading_ends_all_threads(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn()?;
+    for threads in [2, 7] {
+        module::load("run=1")?;
+        ksm.scan_at_full_speed()?;
+        ksm.write("scan_threads", threads)?;
+        ksm.scan_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+        ensure!(
+            procfs::pid_of("ksmd_rs/1")?.is_some(),
+            "there is no second thread"
+        );
+        module::unload()?;
+        for number in 1..threads {
+            ensure!(
+                procfs::pid_of(&format!("ksmd_rs/{number}"))?.is_none(),
+                "thread {number} is left"
+            );
+        }
+        pair.expect_private()?;
+    }
+    Ok(())
 }
 
 fn an_idle_module_wakes_nobody(ksm: &Ksm) -> Result<()> {

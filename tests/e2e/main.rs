@@ -25,6 +25,7 @@ mod sharing_limit;
 mod smart_scan;
 mod stock_interface;
 mod stock_results;
+mod threads;
 mod unmerge;
 mod userfault;
 mod while_scanning;
@@ -65,6 +66,9 @@ fn main() -> anyhow::Result<()> {
     tests.extend(numa::tests());
     tests.extend(hotplug::tests());
     tests.extend(freezer::tests());
+    if !ksm.is_stock() {
+        tests.extend(threads::tests());
+    }
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
     tests.extend(while_scanning::tests());

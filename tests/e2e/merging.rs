@@ -6,6 +6,7 @@ use anyhow::ensure;
 use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
+use ksm_e2e::Passes;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
@@ -22,6 +23,8 @@ ksm_e2e::tests![
     only_memory_that_was_advised_merges,
     only_anonymous_memory_merges,
     areas_with_holes_merge,
+    a_page_merges_with_one_behind_it_that_has_not_changed_for_long,
+    a_page_that_has_waited_for_long_merges_with_one_that_comes,
 ];
 
 fn identical_pages_of_two_processes_merge_and_read_back_right(ksm: &Ksm) -> Result<()> {
@@ -297,4 +300,40 @@ fn areas_with_holes_merge(ksm: &Ksm) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn a_page_merges_with_one_behind_it_that_has_not_changed_for_long(ksm: &Ksm) -> Result<()> {
+    let mut child = Child::spawn()?;
+    let region = child.map_mergeable(8, Content::Distinct(1))?;
+    let mut passes = Passes::of(ksm)?;
+    passes.make(4)?;
+    ksm.expect(Counters::merged(0, 0).and_unshared(8))?;
+    // Page 2 becomes equal to page 5. Both are looked at in the same batch, and merged while page 5 waits for its turn.
+    child.fill(region.part(2, 1), Content::Distinct(6))?;
+    passes.make(2)?;
+    ksm.expect(Counters::merged(1, 1).and_unshared(6))?;
+    passes.pass()?;
+    ksm.expect(Counters::merged(1, 1).and_unshared(6))?;
+    child.verify(region.part(2, 1), Content::Distinct(6))?;
+    child.verify(region.part(3, 5), Content::Distinct(4))
+}
+
+fn a_page_that_has_waited_for_long_merges_with_one_that_comes(ksm: &Ksm) -> Result<()> {
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    let here = one.map_mergeable(8, Content::Distinct(1))?;
+    let mut passes = Passes::of(ksm)?;
+    passes.make(6)?;
+    ksm.expect(Counters::merged(0, 0).and_unshared(8))?;
+    let there = other.map_mergeable(3, Content::Distinct(3))?;
+    passes.make(2)?;
+    ksm.expect(Counters::merged(3, 3).and_unshared(5))?;
+    // One that has come and gone in between is no obstacle.
+    one.fill(here.part(0, 1), Content::Distinct(500))?;
+    passes.pass()?;
+    let late = other.map_mergeable(1, Content::Distinct(500))?;
+    passes.make(2)?;
+    ksm.expect(Counters::merged(4, 4).and_unshared(4))?;
+    one.verify(here.part(1, 7), Content::Distinct(2))?;
+    other.verify(there, Content::Distinct(3))?;
+    other.verify(late, Content::Distinct(500))
 }

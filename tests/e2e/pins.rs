@@ -29,6 +29,7 @@ use nix::unistd::pipe;
 
 ksm_e2e::tests![
     pages_in_a_pipe_are_not_merged_until_they_are_read,
+    pages_that_were_in_use_merge_though_nothing_changed,
     pages_being_read_into_directly_are_not_merged,
     pages_in_use_are_not_replaced_by_merged_ones,
     pages_registered_with_io_uring_are_not_merged,
@@ -129,6 +130,31 @@ fn pages_in_a_pipe_are_not_merged_until_they_are_read(ksm: &Ksm) -> Result<()> {
     ksm.merge_until(Counters::merged(8, 8))?;
     own.verify(OLD)?;
     other.verify(there, OLD)
+}
+
+fn pages_that_were_in_use_merge_though_nothing_changed(ksm: &Ksm) -> Result<()> {
+    // Whichever of the two is visited first.
+    for pinned_first in [false, true] {
+        let mut other = Child::spawn()?;
+        let (own, there) = if pinned_first {
+            let own = Own::mergeable(8, OLD)?;
+            (own, other.map_mergeable(8, OLD)?)
+        } else {
+            let there = other.map_mergeable(8, OLD)?;
+            ksm.scan_passes(3)?;
+            (Own::mergeable(8, OLD)?, there)
+        };
+        let (reader, writer) = pipe()?;
+        own.put_into(&writer)?;
+        expect_no_merge(ksm)?;
+        File::from(reader).read_exact(&mut vec![0; own.0.len()])?;
+        ksm.merge_until(Counters::merged(8, 8))?;
+        own.verify(OLD)?;
+        other.verify(there, OLD)?;
+        memory::munmap(own.0)?;
+        ksm.unmerge()?;
+    }
+    Ok(())
 }
 
 fn pages_being_read_into_directly_are_not_merged(ksm: &Ksm) -> Result<()> {

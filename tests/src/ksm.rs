@@ -25,7 +25,7 @@ pub const OURS: &str = "/sys/kernel/mm/ksm_rs";
 pub const STOCK: &str = "/sys/kernel/mm/ksm";
 
 /// The writable files whose values a test may change, in an order in which they can be restored.
-const KNOBS: [&str; 11] = [
+const KNOBS: [&str; 12] = [
     "pages_to_scan",
     "sleep_millisecs",
     "merge_across_nodes",
@@ -37,6 +37,7 @@ const KNOBS: [&str; 11] = [
     "advisor_min_pages_to_scan",
     "advisor_max_pages_to_scan",
     "advisor_target_scan_time",
+    "scan_threads",
 ];
 
 /// `run`: the thread rests and merged pages stay merged.

@@ -323,6 +323,17 @@ pub fn pid_of(name: &str) -> Result<Option<i32>> {
     Ok(None)
 }
 
+/// CPU time that a process has used, in clock ticks.
+pub fn cpu_ticks(pid: i32) -> Result<u64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = fs::read_to_string(&path).context(path)?;
+    let (_, fields) = text.rsplit_once(')').context("a line without a name")?;
+    // From the third field on: state, then ten others, then utime and stime.
+    let mut times = fields.split_whitespace().skip(11).take(2);
+    let mut next = || Ok::<u64, anyhow::Error>(times.next().context("too few fields")?.parse()?);
+    Ok(next()? + next()?)
+}
+
 /// How often process `pid` was switched to and from.
 pub fn context_switches(pid: i32) -> Result<u64> {
     Ok(status(pid, "voluntary_ctxt_switches")? + status(pid, "nonvoluntary_ctxt_switches")?)
