@@ -177,7 +177,7 @@ const FREED_PER_PAGE: usize = 16;
 
 /// Page tables are gathered from under one hold of the mmap lock until there are this many pages: where memory is
 /// sparse, getting there costs more than the pages.
-const ENOUGH: usize = BATCH_PAGES / 8;
+const ENOUGH: usize = BATCH_PAGES / 4;
 
 impl Batch {
     /// An empty batch, for one thread. Sleeps.
@@ -197,6 +197,7 @@ impl Batch {
         for (page, (_, seen)) in self.found.iter().zip(self.seen.iter_mut()) {
             if let Seen::Unread = seen {
                 *seen = Seen::of(&page.page, key);
+                mm::breathe();
             }
         }
         self.found.clear();

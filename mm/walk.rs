@@ -17,8 +17,9 @@ use kernel::{
 /// Bytes that one page table (one PMD entry) maps.
 pub(crate) const PAGE_TABLE_SPAN: usize = 1 << bindings::PMD_SHIFT;
 
-/// Most candidates a batch can hold: one page table's worth.
-pub(crate) const BATCH_PAGES: usize = PAGE_TABLE_SPAN / PAGE_SIZE;
+/// Most candidates a batch can hold. Enough of them that taking the locks costs next to nothing, and so few that
+/// the locks are not held for longer than by others who walk page tables.
+pub(crate) const BATCH_PAGES: usize = 128;
 
 /// An anonymous page found in a page table.
 pub(crate) struct Found {
