@@ -1,4 +1,11 @@
 //! Driving either KSM: its files, its threads, waiting for what it does.
+//!
+//! # CPU time
+//!
+//! On ARCH=um the scheduler's clock, and every figure of CPU time with it, counts in steps of 10 ms. So there the scanning
+//! thread is given the second CPU for itself, everything else the first, and what is taken for its CPU time is how long it
+//! ran: it never sleeps during a measurement. The scheduler's own figure checks that. Elsewhere the thread's CPU clock
+//! is exact.
 
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -19,6 +26,8 @@ use nix::kmod::DeleteModuleFlags;
 use nix::kmod::ModuleInitFlags;
 use nix::kmod::delete_module;
 use nix::kmod::finit_module;
+use nix::sched::CpuSet;
+use nix::sched::sched_setaffinity;
 use nix::time::ClockId;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::Pid;
@@ -26,7 +35,10 @@ use nix::unistd::Pid;
 use crate::record::Side;
 
 /// Between two looks at the counters.
-const PAUSE: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_micros(200);
+
+/// What the scheduler's clock counts in on ARCH=um.
+const TICK: Duration = Duration::from_millis(10);
 
 /// A KSM that is the system's only one at the moment.
 #[derive(Debug)]
@@ -34,18 +46,16 @@ pub struct Ksm {
     side: Side,
     dir: PathBuf,
     loaded: bool,
+    native: bool,
     threads: RefCell<Vec<i32>>,
 }
 
 /// The counters at one time.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// Complete passes.
-    pub passes: u64,
-    /// CPU time of the scanning threads.
-    pub cpu: Duration,
-    /// When it was.
-    pub at: Instant,
+    passes: u64,
+    cpu: Duration,
+    at: Instant,
 }
 
 /// What happened between two samples.
@@ -60,11 +70,23 @@ pub struct Spent {
 }
 
 impl Spent {
-    fn between(from: Sample, to: Sample) -> Self {
+    /// CPU time of each of so many threads, or of their sum, is known in steps only if the kernel is `native`.
+    fn between(from: Sample, to: Sample, native: bool, threads: usize) -> Self {
+        let (mut cpu, wall) = (to.cpu - from.cpu, to.at - from.at);
+        if native && threads == 1 {
+            let most_asleep = wall / 10 + 2 * TICK;
+            if cpu + most_asleep < wall {
+                println!(
+                    "bench: the thread ran for {cpu:?} of {wall:?} only, and was measured in steps"
+                );
+            } else {
+                cpu = wall;
+            }
+        }
         Self {
             passes: to.passes - from.passes,
-            cpu: to.cpu - from.cpu,
-            wall: to.at - from.at,
+            cpu,
+            wall,
         }
     }
 
@@ -110,6 +132,7 @@ impl Ksm {
             side,
             dir: PathBuf::from(dir),
             loaded,
+            native: fs::read_to_string("/proc/cpuinfo")?.contains("User Mode Linux"),
             threads: RefCell::default(),
         };
         ensure!(ksm.has("run"), "there is no {dir}/run");
@@ -169,13 +192,13 @@ impl Ksm {
         self.write("run", 2)?;
         self.wait("nothing is merged", Duration::from_secs(300), || {
             Ok(self.read("pages_shared")? == 0)
-        })
+        })?;
+        self.stop()
     }
 
     /// Sets the knobs that every scenario starts from: scan flat out, look at every page in every pass.
     pub fn prepare(&self) -> Result<()> {
         self.rest()?;
-        self.write("run", 0)?;
         self.write("sleep_millisecs", 0)?;
         self.write("pages_to_scan", 100_000)?;
         self.write("smart_scan", 0)?;
@@ -231,8 +254,19 @@ impl Ksm {
             }
         }
         ensure!(!threads.is_empty(), "there is no thread {name}");
+        if self.native {
+            let alone = threads.len() == 1;
+            for &pid in &threads {
+                set_cpus(pid, if alone { &[1] } else { &[0, 1] })?;
+            }
+            set_cpus(0, if alone { &[0] } else { &[0, 1] })?;
+        }
         self.threads.replace(threads);
         Ok(())
+    }
+
+    fn spent(&self, from: Sample, to: Sample) -> Spent {
+        Spent::between(from, to, self.native, self.threads.borrow().len())
     }
 
     /// The counters now.
@@ -289,7 +323,7 @@ impl Ksm {
         let from = self.passes(warm_up)?;
         loop {
             let to = self.passes(1)?;
-            let spent = Spent::between(from, to);
+            let spent = self.spent(from, to);
             if spent.passes >= 2 && spent.cpu >= least {
                 return Ok(spent);
             }
@@ -311,7 +345,7 @@ impl Ksm {
         self.wait("a pass is done", PATIENCE, || {
             Ok(self.read("full_scans")? > from.passes && self.sleeps()?)
         })?;
-        let spent = Spent::between(from, self.sample()?);
+        let spent = self.spent(from, self.sample()?);
         ensure!(spent.passes == 1, "{} passes instead of one", spent.passes);
         Ok(spent)
     }
@@ -334,11 +368,11 @@ impl Ksm {
         self.start()?;
         self.wait(&format!("{target} pages are merged"), PATIENCE, || {
             if first.is_none() && self.read("full_scans")? > from.passes {
-                first = Some(Spent::between(from, self.sample()?));
+                first = Some(self.spent(from, self.sample()?));
             }
             Ok(self.merged()? >= target && first.is_some())
         })?;
-        let all = Spent::between(from, self.sample()?);
+        let all = self.spent(from, self.sample()?);
         let first = first.context("no pass was made")?;
         Ok((first, all))
     }
@@ -354,6 +388,14 @@ impl Drop for Ksm {
             let _ = self.unload();
         }
     }
+}
+
+/// Lets a process, 0 being this one, run on these CPUs only.
+fn set_cpus(pid: i32, cpus: &[usize]) -> Result<()> {
+    let mut set = CpuSet::new();
+    cpus.iter().try_for_each(|&cpu| set.set(cpu))?;
+    sched_setaffinity(Pid::from_raw(pid), &set)
+        .with_context(|| format!("giving process {pid} the CPUs {cpus:?}"))
 }
 
 /// The address of a kernel's function, from kallsyms.
