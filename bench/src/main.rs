@@ -3,13 +3,17 @@
 //! `scripts/bench` boots a kernel for each scenario and runs `ksm-bench guest` in it as root; `ksm-bench report`
 //! then makes tables and charts of what the boots have written down.
 
+mod chart;
 mod cold;
+mod figures;
+mod goals;
 mod interference;
 mod ksm;
 mod memory;
 mod memory_use;
 mod probe;
 mod record;
+mod report;
 mod scenario;
 mod session;
 mod sparse;
@@ -26,6 +30,7 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 
+use crate::record::Boot;
 use crate::scenario::Scenario;
 use crate::session::Session;
 
@@ -62,6 +67,15 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Make tables and charts of what guests have measured
+    Report {
+        /// The folder where they go
+        #[arg(long)]
+        out: PathBuf,
+        /// What the guests have written
+        #[arg(required = true)]
+        results: Vec<PathBuf>,
+    },
 }
 
 fn main() -> Result<()> {
@@ -88,6 +102,10 @@ fn main() -> Result<()> {
             let mut session = Session::new(scenario, rounds, quick, module, out)?;
             scenario.run(&mut session)?;
             session.finish()
+        }
+        Command::Report { out, results } => {
+            let boots = results.iter().map(|path| Boot::load(path));
+            report::make(&boots.collect::<Result<Vec<_>>>()?, &out)
         }
     }
 }

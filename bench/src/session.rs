@@ -63,11 +63,6 @@ impl Session {
         })
     }
 
-    /// Whether only a smoke test is wanted, with little memory.
-    pub fn quick(&self) -> bool {
-        self.boot.quick
-    }
-
     /// The first of two values, or in the quick form the second.
     pub fn pick<T>(&self, full: T, quick: T) -> T {
         if self.boot.quick { quick } else { full }

@@ -1,5 +1,7 @@
 //! Medians and spreads.
 
+use serde::Serialize;
+
 /// The value below which a fraction of the sorted values lie, interpolated; `None` of nothing.
 pub fn quantile(sorted: &[f64], fraction: f64) -> Option<f64> {
     let last = sorted.len().checked_sub(1)?;
@@ -11,7 +13,7 @@ pub fn quantile(sorted: &[f64], fraction: f64) -> Option<f64> {
 }
 
 /// The values of several rounds, summed up.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// The middle one.
     pub median: f64,
