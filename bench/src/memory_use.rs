@@ -2,14 +2,18 @@
 //!
 //! Counting the objects of slab caches would leave out what is not in one: arrays of tree roots, tables, half-empty
 //! slabs. So this counts all memory that belongs neither to processes nor to the page cache nor to nobody, before
-//! the first pass and after the last, with the thread at rest: the difference is what the KSM took. Lists of free pages
-//! that single CPUs keep make it uncertain by a few hundred KiB, which is little beside the memory that is scanned.
+//! the first pass and after the last, with the thread at rest: the difference is what the KSM took. Free are the pages
+//! on the lists of single CPUs as well, and the counters of single CPUs are added up before. What was freed just before
+//! (by the other side's turn, by the end of the module's loading) is given time to be free.
 
 use std::fs;
+use std::thread::sleep;
+use std::time::Duration;
 
 use anyhow::Result;
 
 use crate::memory::Content;
+use crate::memory::PAGE;
 use crate::memory::PAGES_PER_MIB;
 use crate::memory::Shape;
 use crate::record::Metric;
@@ -21,7 +25,7 @@ use crate::victim::Victim;
 
 /// Measures the memory for pages that are not merged, and for pages that are.
 pub fn run(session: &mut Session) -> Result<()> {
-    let mib = session.pick(1024, 256);
+    let mib = session.pick(1024, 128);
     session.note(format!("{mib} MiB"));
     let pages = mib * PAGES_PER_MIB;
     session.alternate(|turn| {
@@ -58,9 +62,22 @@ fn measure(turn: &mut Turn<'_>, case: &str, pages: usize, content: Content) -> R
 
 /// Memory that is neither free nor a process's nor the page cache's.
 fn kernel_kb() -> Result<i64> {
-    // Caches of the file system come and go.
+    sleep(Duration::from_millis(300));
+    for cache in fs::read_dir("/sys/kernel/slab")? {
+        // The cache may be gone by now.
+        let _ = fs::write(cache?.path().join("shrink"), "1");
+    }
+    // Caches of the file system come and go. 4: without a line in the log.
+    fs::write("/proc/sys/vm/drop_caches", "4")?;
     fs::write("/proc/sys/vm/drop_caches", "3")?;
-    let mut rest = meminfo_kb("MemTotal")? as i64;
+    fs::write("/proc/sys/vm/stat_refresh", "1")?;
+    let zones = fs::read_to_string("/proc/zoneinfo")?;
+    let of_cpus = zones
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("count:"));
+    let pages = of_cpus.map(|count| count.trim().parse::<i64>());
+    let on_lists = pages.sum::<Result<i64, _>>()? * (PAGE >> 10) as i64;
+    let mut rest = meminfo_kb("MemTotal")? as i64 - on_lists;
     for other in [
         "MemFree",
         "Buffers",
