@@ -4,6 +4,8 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::Result;
+use nix::sys::resource::Resource;
+use nix::sys::resource::setrlimit;
 
 use crate::memory::Content;
 use crate::memory::PAGE;
@@ -21,6 +23,8 @@ const PAGES_EACH: usize = 8;
 pub fn run(session: &mut Session) -> Result<()> {
     // A second range of protection for each VMA, and some for everything else.
     fs::write("/proc/sys/vm/max_map_count", "1000000")?;
+    // A socket for each process.
+    setrlimit(Resource::RLIMIT_NOFILE, 16_384, 16_384)?;
     let reserved_gib = session.pick(1024, 128);
     let one_in = 10_000;
     let vmas = session.pick(50_000, 5_000);
