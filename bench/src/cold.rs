@@ -55,7 +55,7 @@ pub fn run(session: &mut Session) -> Result<()> {
             let (first, all) = turn.ksm.merge(target)?;
             turn.ksm.stop()?;
             let merged = turn.ksm.merged()?;
-            let cpu = all.cpu.as_secs_f64();
+            let cpu = all.cpu_seconds();
             let per_second = merged as f64 / cpu;
             turn.record(mix.name, None, Metric::MergedPerCpuSecond, per_second);
             turn.record(mix.name, None, Metric::CpuSecondsToMerged, cpu);

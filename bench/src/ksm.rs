@@ -90,6 +90,16 @@ impl Spent {
         }
     }
 
+    /// CPU time, in seconds.
+    pub fn cpu_seconds(self) -> f64 {
+        self.cpu.as_secs_f64()
+    }
+
+    /// Instructions of the scanning threads, on a machine whose clock is the number of instructions.
+    pub fn instructions(self) -> f64 {
+        self.cpu.as_nanos() as f64
+    }
+
     /// CPU time for each of so many pages in each pass, in ns.
     pub fn ns_per_page(self, pages: usize) -> f64 {
         self.cpu.as_nanos() as f64 / (self.passes as f64 * pages as f64)
@@ -117,10 +127,10 @@ impl Ksm {
         let stock = Self::stock()?;
         stock.rest()?;
         let file = File::open(module).with_context(|| module.display().to_string())?;
-        // A native kernel has no kprobes, with which the module would find the address by itself.
+        // A native kernel has no kprobes, with which the module finds the address by itself.
         let parameters = match symbol("kallsyms_lookup_name")? {
-            Some(address) => format!("kallsyms_lookup_name={address:#x}"),
-            None => String::new(),
+            Some(address) if stock.native => format!("kallsyms_lookup_name={address:#x}"),
+            _ => String::new(),
         };
         finit_module(&file, &CString::new(parameters)?, ModuleInitFlags::empty())
             .context("loading ksm_rs; the kernel log says why")?;

@@ -5,8 +5,10 @@
 
 mod chart;
 mod cold;
+mod emulated;
 mod figures;
 mod goals;
+mod guests;
 mod interference;
 mod ksm;
 mod memory;
@@ -63,6 +65,9 @@ enum Command {
         /// The module's file
         #[arg(long)]
         module: PathBuf,
+        /// A folder with what the guests of make demo boot from: bzImage, initramfs.gz
+        #[arg(long)]
+        images: Option<PathBuf>,
         /// Where the results go
         #[arg(long)]
         out: PathBuf,
@@ -82,6 +87,9 @@ fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::List { quick } => {
             for scenario in Scenario::value_variants() {
+                if quick && !scenario.is_quick() {
+                    continue;
+                }
                 let machine = scenario.machine().name();
                 let memory = scenario.memory_mib(quick);
                 println!(
@@ -97,9 +105,10 @@ fn main() -> Result<()> {
             rounds,
             quick,
             module,
+            images,
             out,
         } => {
-            let mut session = Session::new(scenario, rounds, quick, module, out)?;
+            let mut session = Session::new(scenario, rounds, quick, module, images, out)?;
             scenario.run(&mut session)?;
             session.finish()
         }

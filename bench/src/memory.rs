@@ -12,6 +12,9 @@ use serde::Serialize;
 /// Size of a page.
 pub const PAGE: usize = 4096;
 
+/// Size of a huge page.
+const HUGE: usize = 2 << 20;
+
 /// Pages in a MiB.
 pub const PAGES_PER_MIB: usize = (1 << 20) / PAGE;
 
@@ -96,6 +99,10 @@ pub enum Shape {
     OneIn(usize),
     /// Each in a VMA of its own: every other one is read-only, so that neighbours do not become one.
     Vmas,
+    /// In huge pages.
+    Huge,
+    /// In turns on each of the first two NUMA nodes.
+    Interleaved,
 }
 
 /// A mapping of this process, whose pages are looked at one at a time.
@@ -115,11 +122,24 @@ impl Area {
     pub fn map(pages: usize, shape: Shape) -> Result<Self> {
         let stride = match shape {
             Shape::OneIn(stride) => stride,
-            Shape::Dense | Shape::Vmas => 1,
+            _ => 1,
         };
-        let base = map_anonymous(pages * stride * PAGE)?;
-        // Kernels without huge pages do not know the advice; there all pages are small anyway.
-        let _ = advise(base, pages * stride * PAGE, libc::MADV_NOHUGEPAGE);
+        let len = pages * stride * PAGE;
+        let base = if shape == Shape::Huge {
+            let base = map_anonymous(len + HUGE)?;
+            // SAFETY: The mapping is longer than what is wanted of it by as much as it may be out of alignment.
+            let base = unsafe { base.add(base.align_offset(HUGE)) };
+            advise(base, len, libc::MADV_HUGEPAGE).context("MADV_HUGEPAGE")?;
+            base
+        } else {
+            let base = map_anonymous(len)?;
+            // Kernels without huge pages do not know the advice; there all pages are small anyway.
+            let _ = advise(base, len, libc::MADV_NOHUGEPAGE);
+            base
+        };
+        if shape == Shape::Interleaved {
+            interleave()?;
+        }
         Ok(Self {
             base: base.cast(),
             stride,
@@ -214,6 +234,25 @@ pub unsafe fn unmap(base: *mut u8, len: usize) {
 pub unsafe fn touch(page: *mut u8) {
     // SAFETY: By this function's own contract.
     unsafe { page.write_volatile(1) };
+}
+
+/// Lets this process take its memory from the first two nodes in turns.
+fn interleave() -> Result<()> {
+    const MPOL_INTERLEAVE: libc::c_long = 3;
+    let nodes: libc::c_ulong = 0b11;
+    // The kernel takes the number of bits for one more than it is.
+    let bits = libc::c_ulong::BITS + 1;
+    // SAFETY: The kernel reads the one word of the mask.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_set_mempolicy,
+            MPOL_INTERLEAVE,
+            &raw const nodes,
+            bits,
+        )
+    };
+    Errno::result(result).context("set_mempolicy")?;
+    Ok(())
 }
 
 fn advise(base: *mut u8, len: usize, advice: i32) -> Result<(), Errno> {

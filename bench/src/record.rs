@@ -55,8 +55,14 @@ pub enum Metric {
     WallSecondsToMerged,
     /// Pages merged for each of these CPU seconds.
     MergedPerCpuSecond,
+    /// Instructions of the scanning threads for a page and pass.
+    InstructionsPerPage,
+    /// Instructions of the scanning threads for each page merged, from fresh memory on.
+    InstructionsPerMerged,
     /// CPU time of the scanning threads until 95 % of the final savings are there.
     CpuSecondsTo95,
+    /// Memory saved in the end.
+    MibSaved,
     /// Merged pages that had to be copied as they were written to, in percent of the pages rewritten.
     UndonePercent,
     /// Kernel memory for each page that is known.
@@ -98,7 +104,10 @@ impl Metric {
             Self::CpuSecondsToMerged => "CPU until merged",
             Self::WallSecondsToMerged => "time until merged",
             Self::MergedPerCpuSecond => "merged a CPU second",
+            Self::InstructionsPerPage => "instructions a page and pass",
+            Self::InstructionsPerMerged => "instructions a merged page",
             Self::CpuSecondsTo95 => "CPU until 95 % saved",
+            Self::MibSaved => "saved in the end",
             Self::UndonePercent => "merges undone",
             Self::BytesPerPage => "kernel memory a page",
             Self::FaultP50 => "page fault, p50",
@@ -123,7 +132,9 @@ impl Metric {
             Self::CpuMsPerPass | Self::WallMsPerPass => "ms",
             Self::CpuSecondsToMerged | Self::WallSecondsToMerged | Self::CpuSecondsTo95 => "s",
             Self::MergedPerCpuSecond => "pages",
+            Self::MibSaved => "MiB",
             Self::UndonePercent => "%",
+            Self::InstructionsPerPage | Self::InstructionsPerMerged => "",
             Self::BytesPerPage => "B",
             _ => "µs",
         }
@@ -131,7 +142,7 @@ impl Metric {
 
     /// Whether a higher figure is the better one.
     pub fn more_is_better(self) -> bool {
-        self == Self::MergedPerCpuSecond
+        matches!(self, Self::MergedPerCpuSecond | Self::MibSaved)
     }
 }
 

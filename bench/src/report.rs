@@ -41,18 +41,16 @@ pub fn make(boots: &[Boot], folder: &Path) -> Result<()> {
     let charts = chart::draw_all(&figures, folder)?;
     for boot in boots {
         print!("{}", heading(boot));
-        print!("{}", align(&rows(&figures, boot)));
+        print!("{}", align(&rows(&figures, boot), 2));
     }
     println!();
-    print!("{}", align(&goal_rows(&goals)));
+    print!("{}", align(&goal_rows(&goals), 4));
     for line in summary(&goals, boots) {
         println!("{line}");
     }
-    println!(
-        "{} and {}",
-        folder.join("results.json").display(),
-        charts.join(", ")
-    );
+    for name in std::iter::once("results.json").chain(charts.iter().map(String::as_str)) {
+        println!("{}", folder.join(name).display());
+    }
     Ok(())
 }
 
@@ -70,8 +68,10 @@ fn heading(boot: &Boot) -> String {
             rounds => format!("{rounds} rounds"),
         }
     );
-    if boot.machine == Machine::Qemu {
-        text += "  on an emulated CPU: only the ratios mean something\n";
+    match boot.machine {
+        Machine::Um => {}
+        Machine::Icount => text += "  on an emulated CPU, whose clock counts instructions\n",
+        Machine::Qemu => text += "  on an emulated CPU: only the ratios mean something\n",
     }
     for note in &boot.notes {
         text += &format!("  {note}\n");
@@ -182,8 +182,8 @@ fn summary(goals: &[Goal], boots: &[Boot]) -> Vec<String> {
     lines
 }
 
-/// Rows as text, columns in line: the first two and the last to the left, as words are read, figures to the right.
-fn align(rows: &[Vec<String>]) -> String {
+/// Rows as text, columns in line: so many to the left, as words are read, the rest to the right, as figures are.
+fn align(rows: &[Vec<String>], words: usize) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column| {
         rows.iter()
@@ -199,8 +199,7 @@ fn align(rows: &[Vec<String>]) -> String {
         for (column, cell) in row.iter().enumerate() {
             line += " ";
             let room = " ".repeat(widths[column] - cell.chars().count());
-            let words = column < 2;
-            line += &if words {
+            line += &if column < words {
                 format!("{cell}{room}")
             } else {
                 format!("{room}{cell}")
@@ -291,6 +290,6 @@ mod tests {
     fn columns_are_in_line() {
         let rows =
             [["a", "b", "1"], ["ccc", "µµ", "100"]].map(|row| row.map(str::to_owned).to_vec());
-        assert_eq!(align(&rows), "  a    b     1\n  ccc  µµ  100\n");
+        assert_eq!(align(&rows, 2), "  a    b     1\n  ccc  µµ  100\n");
     }
 }

@@ -7,6 +7,8 @@ use serde::Serialize;
 use anyhow::Result;
 
 use crate::cold;
+use crate::emulated;
+use crate::guests;
 use crate::interference;
 use crate::memory_use;
 use crate::session::Session;
@@ -21,7 +23,9 @@ use crate::volatile;
 pub enum Machine {
     /// ARCH=um: the kernel as a process of the host, at native speed.
     Um,
-    /// QEMU, for what the other cannot have. Only ratios mean something there.
+    /// QEMU with a clock that counts instructions, one to a ns, for what the other cannot have.
+    Icount,
+    /// QEMU. Only ratios mean something there.
     Qemu,
 }
 
@@ -30,6 +34,7 @@ impl Machine {
     pub fn name(self) -> &'static str {
         match self {
             Self::Um => "um",
+            Self::Icount => "icount",
             Self::Qemu => "qemu",
         }
     }
@@ -57,6 +62,12 @@ pub enum Scenario {
     Interference,
     /// Several scanning threads.
     Threads,
+    /// Memory of two NUMA nodes, merged on each of them.
+    Numa,
+    /// Memory in huge pages.
+    Huge,
+    /// The virtual machines of `make demo`.
+    Guests,
 }
 
 impl Scenario {
@@ -79,18 +90,33 @@ impl Scenario {
             Self::Memory => "kernel memory for what is known",
             Self::Interference => "latency of a process that is scanned",
             Self::Threads => "several scanning threads",
+            Self::Numa => "two NUMA nodes, merge_across_nodes=0",
+            Self::Huge => "memory in huge pages",
+            Self::Guests => "the guests of make demo",
         }
     }
 
     /// Where it runs.
     pub fn machine(self) -> Machine {
-        Machine::Um
+        match self {
+            Self::Numa | Self::Huge => Machine::Icount,
+            Self::Guests => Machine::Qemu,
+            _ => Machine::Um,
+        }
+    }
+
+    /// Whether the quick form has it. An emulated machine takes longer to boot than that is to take.
+    pub fn is_quick(self) -> bool {
+        self.machine() == Machine::Um
     }
 
     /// Memory of the machine, in MiB.
     pub fn memory_mib(self, quick: bool) -> u64 {
         match (self, quick) {
             (Self::Sparse, _) => 1536,
+            (Self::Numa | Self::Huge, _) => 1024,
+            // Three guests, QEMU's own memory, and the VM's.
+            (Self::Guests, _) => 1344,
             (_, true) => 768,
             (Self::Steady, false) => 2816,
             (_, false) => 1536,
@@ -109,6 +135,9 @@ impl Scenario {
             Self::Memory => memory_use::run(session),
             Self::Interference => interference::run(session),
             Self::Threads => threads::run(session),
+            Self::Numa => emulated::numa(session),
+            Self::Huge => emulated::huge(session),
+            Self::Guests => guests::run(session),
         }
     }
 }

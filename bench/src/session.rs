@@ -18,6 +18,7 @@ use crate::scenario::Scenario;
 #[derive(Debug)]
 pub struct Session {
     module: PathBuf,
+    images: Option<PathBuf>,
     out: PathBuf,
     start: Instant,
     boot: Boot,
@@ -41,11 +42,13 @@ impl Session {
         rounds: u32,
         quick: bool,
         module: PathBuf,
+        images: Option<PathBuf>,
         out: PathBuf,
     ) -> Result<Self> {
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
         Ok(Self {
             module,
+            images,
             out,
             start: Instant::now(),
             boot: Boot {
@@ -66,6 +69,11 @@ impl Session {
     /// The first of two values, or in the quick form the second.
     pub fn pick<T>(&self, full: T, quick: T) -> T {
         if self.boot.quick { quick } else { full }
+    }
+
+    /// What virtual machines boot from.
+    pub fn images(&self) -> Result<PathBuf> {
+        self.images.clone().context("--images is wanted")
     }
 
     /// How many MiB victims may have: what is there, less room for everything else.
