@@ -59,8 +59,6 @@ pub fn run(session: &mut Session) -> Result<()> {
             let per_second = merged as f64 / cpu;
             turn.record(mix.name, None, Metric::MergedPerCpuSecond, per_second);
             turn.record(mix.name, None, Metric::CpuSecondsToMerged, cpu);
-            let wall = all.wall.as_secs_f64();
-            turn.record(mix.name, None, Metric::WallSecondsToMerged, wall);
             let first = first.ns_per_page(pages);
             turn.record(mix.name, None, Metric::FirstPassNsPerPage, first);
             drop(victims);

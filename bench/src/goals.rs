@@ -55,6 +55,7 @@ pub fn all(figures: &Figures) -> Vec<Goal> {
         near(figures),
         memory(figures),
         latency(figures),
+        holds(figures),
         threads(figures),
     ]
 }
@@ -207,6 +208,18 @@ fn latency(figures: &Figures) -> Goal {
     goal(
         "latency of who is scanned, p99",
         "not worse than stock",
+        outcome,
+    )
+}
+
+fn holds(figures: &Figures) -> Goal {
+    let outcome = figures
+        .case(Scenario::Interference, "latency", Metric::HoldP99)
+        .and_then(|figure| figure.median(Side::KsmRs).zip(figure.median(Side::Stock)))
+        .map(|(ours, stock)| (format!("{ours:.1} µs, stock {stock:.1} µs"), ours <= stock));
+    goal(
+        "mmap lock held at a time, p99",
+        "not longer than stock",
         outcome,
     )
 }

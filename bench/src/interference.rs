@@ -1,9 +1,11 @@
-//! What a process notices of being scanned flat out: how long its page faults, mmaps and munmaps take.
+//! What a process notices of being scanned flat out: how long its page faults, mmaps and munmaps take. And what the
+//! scanner does to it: how long it holds the mmap lock at a time.
 
 use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::holds;
 use crate::memory::Content;
 use crate::memory::PAGES_PER_MIB;
 use crate::memory::Shape;
@@ -14,6 +16,9 @@ use crate::session::Session;
 use crate::session::Turn;
 use crate::victim::Spec;
 use crate::victim::Victim;
+
+/// The only case.
+const CASE: &str = "latency";
 
 /// Times the process while nobody scans, then while its pages are scanned again and again.
 pub fn run(session: &mut Session) -> Result<()> {
@@ -35,8 +40,13 @@ pub fn run(session: &mut Session) -> Result<()> {
         turn.ksm.start()?;
         turn.ksm.passes(3)?;
         let scanned = victim.probe(time)?;
+        let holds = holds::measure(&turn.ksm.threads())?;
         turn.ksm.stop()?;
         record(turn, turn.side(), scanned);
+        turn.record(CASE, None, Metric::HoldP50, holds.each.p50);
+        turn.record(CASE, None, Metric::HoldP99, holds.each.p99);
+        turn.record(CASE, None, Metric::HoldMax, holds.each.max);
+        turn.record(CASE, None, Metric::HoldShare, holds.percent);
         drop(victim);
         turn.clear()
     })
@@ -59,6 +69,6 @@ fn record(turn: &mut Turn<'_>, side: Side, latencies: Latencies) {
         (Metric::MunmapP99, munmap.p99),
         (Metric::MunmapMax, munmap.max),
     ] {
-        turn.record_of(side, "latency", None, metric, value);
+        turn.record_of(side, CASE, None, metric, value);
     }
 }

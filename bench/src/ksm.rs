@@ -275,6 +275,11 @@ impl Ksm {
         Ok(())
     }
 
+    /// The threads that were found.
+    pub fn threads(&self) -> Vec<i32> {
+        self.threads.borrow().clone()
+    }
+
     fn spent(&self, from: Sample, to: Sample) -> Spent {
         Spent::between(from, to, self.native, self.threads.borrow().len())
     }

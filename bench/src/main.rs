@@ -9,6 +9,7 @@ mod emulated;
 mod figures;
 mod goals;
 mod guests;
+mod holds;
 mod interference;
 mod ksm;
 mod memory;

@@ -30,7 +30,7 @@ pub struct Latency {
 
 impl Latency {
     /// Of ticks of the counter, so many a µs.
-    fn of(mut ticks: Vec<f64>, per_us: f64) -> Self {
+    pub fn of(mut ticks: Vec<f64>, per_us: f64) -> Self {
         ticks.sort_by(f64::total_cmp);
         let at = |fraction| stats::quantile(&ticks, fraction).unwrap_or(0.0) / per_us;
         Self {

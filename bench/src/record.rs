@@ -51,8 +51,6 @@ pub enum Metric {
     WallMsPerPass,
     /// CPU time of the scanning threads until everything that is equal is merged.
     CpuSecondsToMerged,
-    /// How long that takes.
-    WallSecondsToMerged,
     /// Pages merged for each of these CPU seconds.
     MergedPerCpuSecond,
     /// Instructions of the scanning threads for a page and pass.
@@ -85,6 +83,8 @@ pub enum Metric {
     MunmapP99,
     /// Longest.
     MunmapMax,
+    /// For how much of the time the scanner holds the mmap lock.
+    HoldShare,
     /// How long the scanner holds the mmap lock at a time: median.
     HoldP50,
     /// 99th percentile.
@@ -102,7 +102,6 @@ impl Metric {
             Self::CpuMsPerPass => "CPU a pass",
             Self::WallMsPerPass => "time of a pass",
             Self::CpuSecondsToMerged => "CPU until merged",
-            Self::WallSecondsToMerged => "time until merged",
             Self::MergedPerCpuSecond => "merged a CPU second",
             Self::InstructionsPerPage => "instructions a page and pass",
             Self::InstructionsPerMerged => "instructions a merged page",
@@ -119,6 +118,7 @@ impl Metric {
             Self::MunmapP50 => "munmap, p50",
             Self::MunmapP99 => "munmap, p99",
             Self::MunmapMax => "munmap, max",
+            Self::HoldShare => "mmap lock held, in all",
             Self::HoldP50 => "mmap lock held, p50",
             Self::HoldP99 => "mmap lock held, p99",
             Self::HoldMax => "mmap lock held, max",
@@ -130,10 +130,10 @@ impl Metric {
         match self {
             Self::NsPerPage | Self::FirstPassNsPerPage => "ns",
             Self::CpuMsPerPass | Self::WallMsPerPass => "ms",
-            Self::CpuSecondsToMerged | Self::WallSecondsToMerged | Self::CpuSecondsTo95 => "s",
+            Self::CpuSecondsToMerged | Self::CpuSecondsTo95 => "s",
             Self::MergedPerCpuSecond => "pages",
             Self::MibSaved => "MiB",
-            Self::UndonePercent => "%",
+            Self::UndonePercent | Self::HoldShare => "%",
             Self::InstructionsPerPage | Self::InstructionsPerMerged => "",
             Self::BytesPerPage => "B",
             _ => "µs",
