@@ -257,8 +257,8 @@ fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 1e6 => format!("{:.1} M", value / 1e6),
         size if size >= 1e4 => format!("{:.0} k", value / 1e3),
-        size if size >= 100.0 => format!("{value:.0}"),
-        size if size >= 10.0 || size == 0.0 => format!("{value:.1}"),
+        size if size >= 100.0 || size == 0.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
     }
 }

@@ -11,6 +11,7 @@ use crate::victim::Spec;
 use crate::victim::Victim;
 
 /// A mixture of pages.
+#[derive(Clone, Copy)]
 struct Mix {
     name: &'static str,
     content: Content,
@@ -38,7 +39,7 @@ pub fn run(session: &mut Session) -> Result<()> {
         mix("50 % zero, use_zero_pages", Content::HalfZero, 50, true),
     ];
     session.alternate(|turn| {
-        for mix in &mixes {
+        for mix in turn.rotate(&mixes) {
             let victims = Victim::several(
                 4,
                 Spec {

@@ -129,6 +129,17 @@ impl Turn<'_> {
         self.ksm.side()
     }
 
+    /// The cases of a scenario in the order of this round: each round begins with another, so that no case is always
+    /// measured on memory that is as fresh, or as fragmented.
+    pub fn rotate<T: Clone>(&self, cases: &[T]) -> Vec<T> {
+        let mut cases = cases.to_vec();
+        if !cases.is_empty() {
+            let first = self.round as usize % cases.len();
+            cases.rotate_left(first);
+        }
+        cases
+    }
+
     /// Writes down a figure of this KSM.
     pub fn record(&mut self, case: &str, x: Option<f64>, metric: Metric, value: f64) {
         self.record_of(self.side(), case, x, metric, value);

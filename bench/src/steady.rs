@@ -32,7 +32,7 @@ pub fn unique(session: &mut Session) -> Result<()> {
         ));
     }
     session.alternate(|turn| {
-        for &mib in &sizes {
+        for mib in turn.rotate(&sizes) {
             measure(
                 turn,
                 &format!("{mib} MiB"),
@@ -56,7 +56,7 @@ pub fn near(session: &mut Session) -> Result<()> {
         ("last 8 bytes differ", Content::Near(Place::Last)),
     ];
     session.alternate(|turn| {
-        for (case, content) in cases {
+        for (case, content) in turn.rotate(&cases) {
             measure(turn, case, None, mib, content)?;
         }
         Ok(())
@@ -101,7 +101,7 @@ pub fn merged(session: &mut Session) -> Result<()> {
         ("pairs", Content::Groups(pages as u64 / 2)),
     ];
     session.alternate(|turn| {
-        for (case, content) in cases {
+        for (case, content) in turn.rotate(&cases) {
             let victims = Victim::several(
                 4,
                 Spec {

@@ -13,6 +13,7 @@ use crate::memory::Content;
 use crate::memory::PAGES_PER_MIB;
 use crate::memory::Shape;
 use crate::record::Metric;
+use crate::record::Side;
 use crate::session::Session;
 use crate::session::Turn;
 use crate::victim::Spec;
@@ -69,6 +70,10 @@ fn measure(
     }
     turn.ksm.stop()?;
     turn.record(&case, None, Metric::NsPerPage, cpu / MEASURED as f64);
+    if turn.side() == Side::Stock {
+        let limit = victim.read()?;
+        turn.record_of(Side::Limit, &case, None, Metric::NsPerPage, limit);
+    }
     if copies > 1 {
         let undone = undone as f64 / rewritten * 100.0;
         turn.record(&case, None, Metric::UndonePercent, undone);
