@@ -34,8 +34,11 @@ use nix::unistd::Pid;
 
 use crate::record::Side;
 
-/// Between two looks at the counters.
+/// Between two looks at the counters, where what comes next is measured.
 const PAUSE: Duration = Duration::from_micros(200);
+
+/// The same while passes go by, whose ends matter little among many: looking takes CPU time itself.
+const LONG_PAUSE: Duration = Duration::from_millis(1);
 
 /// What the scheduler's clock counts in on ARCH=um.
 const TICK: Duration = Duration::from_millis(10);
@@ -200,7 +203,7 @@ impl Ksm {
     /// Undoes all merging and waits until nothing is known of any page.
     pub fn rest(&self) -> Result<()> {
         self.write("run", 2)?;
-        self.wait("nothing is merged", Duration::from_secs(300), || {
+        self.wait("nothing is merged", PATIENCE, LONG_PAUSE, || {
             Ok(self.read("pages_shared")? == 0)
         })?;
         self.stop()
@@ -304,6 +307,7 @@ impl Ksm {
         &self,
         what: &str,
         limit: Duration,
+        pause: Duration,
         mut condition: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
         let deadline = Instant::now() + limit;
@@ -317,7 +321,7 @@ impl Ksm {
                     self.merged()?
                 );
             }
-            sleep(PAUSE);
+            sleep(pause);
         }
         Ok(())
     }
@@ -325,9 +329,12 @@ impl Ksm {
     /// Waits until so many more passes are complete.
     pub fn passes(&self, count: u64) -> Result<Sample> {
         let target = self.read("full_scans")? + count;
-        self.wait(&format!("pass {target} is done"), PATIENCE, || {
-            Ok(self.read("full_scans")? >= target)
-        })?;
+        self.wait(
+            &format!("pass {target} is done"),
+            PATIENCE,
+            LONG_PAUSE,
+            || Ok(self.read("full_scans")? >= target),
+        )?;
         self.sample()
     }
 
@@ -357,7 +364,7 @@ impl Ksm {
             self.write("sleep_millisecs", 3_600_000)?;
             self.start()?;
         }
-        self.wait("a pass is done", PATIENCE, || {
+        self.wait("a pass is done", PATIENCE, PAUSE, || {
             Ok(self.read("full_scans")? > from.passes && self.sleeps()?)
         })?;
         let spent = self.spent(from, self.sample()?);
@@ -381,12 +388,17 @@ impl Ksm {
         let from = self.sample()?;
         let mut first = None;
         self.start()?;
-        self.wait(&format!("{target} pages are merged"), PATIENCE, || {
-            if first.is_none() && self.read("full_scans")? > from.passes {
-                first = Some(self.spent(from, self.sample()?));
-            }
-            Ok(self.merged()? >= target && first.is_some())
-        })?;
+        self.wait(
+            &format!("{target} pages are merged"),
+            PATIENCE,
+            PAUSE,
+            || {
+                if first.is_none() && self.read("full_scans")? > from.passes {
+                    first = Some(self.spent(from, self.sample()?));
+                }
+                Ok(self.merged()? >= target && first.is_some())
+            },
+        )?;
         let all = self.spent(from, self.sample()?);
         let first = first.context("no pass was made")?;
         Ok((first, all))
