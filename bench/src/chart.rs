@@ -30,7 +30,7 @@ struct Chart {
 }
 
 /// All charts that there can be. Those with an axis become lines, the rest bars.
-const CHARTS: [Chart; 9] = [
+const CHARTS: [Chart; 12] = [
     Chart {
         scenario: Scenario::Steady,
         metric: Metric::NsPerPage,
@@ -50,6 +50,11 @@ const CHARTS: [Chart; 9] = [
         scenario: Scenario::Cold,
         metric: Metric::MergedPerCpuSecond,
         title: "From fresh memory: pages merged a CPU second",
+    },
+    Chart {
+        scenario: Scenario::ColdCounted,
+        metric: Metric::InstructionsPerMerged,
+        title: "From fresh memory: instructions a merged page",
     },
     Chart {
         scenario: Scenario::Sparse,
@@ -75,6 +80,16 @@ const CHARTS: [Chart; 9] = [
         scenario: Scenario::Threads,
         metric: Metric::WallMsPerPass,
         title: "Scanning threads: ms a pass",
+    },
+    Chart {
+        scenario: Scenario::Huge,
+        metric: Metric::InstructionsPerMerged,
+        title: "Memory in huge pages, from fresh: instructions a merged page",
+    },
+    Chart {
+        scenario: Scenario::Guests,
+        metric: Metric::CpuSecondsTo95,
+        title: "Guests of make demo: CPU s until 95 % saved",
     },
 ];
 

@@ -162,7 +162,9 @@ fn goal_rows(goals: &[Goal]) -> Vec<Vec<String>> {
 fn summary(goals: &[Goal], boots: &[Boot]) -> Vec<String> {
     let mut lines = Vec::new();
     let of = |verdict| goals.iter().filter(move |goal| goal.verdict == verdict);
-    let missed: Vec<&str> = of(Verdict::Missed).map(|goal| goal.what.as_str()).collect();
+    let missed: Vec<String> = of(Verdict::Missed)
+        .map(|goal| format!("{} ({})", goal.what, goal.wanted))
+        .collect();
     lines.push(format!(
         "{} goals met, {} missed, {} not measured",
         of(Verdict::Met).count(),
@@ -282,8 +284,11 @@ mod tests {
         );
         let goals = goals::all(&Figures::of(std::slice::from_ref(&boot)));
         let lines = summary(&goals, &[boot]);
-        assert_eq!(lines[0], "0 goals met, 1 missed, 9 not measured");
-        assert_eq!(lines[1], "missed: kernel memory of an unmerged page");
+        assert_eq!(lines[0], "0 goals met, 1 missed, 10 not measured");
+        assert_eq!(
+            lines[1],
+            "missed: kernel memory of an unmerged page (≤ 48 B, everything counted)"
+        );
     }
 
     #[test]

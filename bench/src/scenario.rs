@@ -42,7 +42,7 @@ impl Machine {
 
 /// Something to measure; each is a boot of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Scenario {
     /// Steady state over unique pages, in growing amounts.
     Steady,
@@ -62,6 +62,8 @@ pub enum Scenario {
     Interference,
     /// Several scanning threads.
     Threads,
+    /// What `cold` is, counted in instructions.
+    ColdCounted,
     /// Memory of two NUMA nodes, merged on each of them.
     Numa,
     /// Memory in huge pages.
@@ -90,6 +92,7 @@ impl Scenario {
             Self::Memory => "kernel memory for what is known",
             Self::Interference => "latency of a process that is scanned",
             Self::Threads => "several scanning threads",
+            Self::ColdCounted => "fresh memory until all is merged, in instructions",
             Self::Numa => "two NUMA nodes, merge_across_nodes=0",
             Self::Huge => "memory in huge pages",
             Self::Guests => "the guests of make demo",
@@ -99,7 +102,7 @@ impl Scenario {
     /// Where it runs.
     pub fn machine(self) -> Machine {
         match self {
-            Self::Numa | Self::Huge => Machine::Icount,
+            Self::ColdCounted | Self::Numa | Self::Huge => Machine::Icount,
             Self::Guests => Machine::Qemu,
             _ => Machine::Um,
         }
@@ -114,7 +117,7 @@ impl Scenario {
     pub fn memory_mib(self, quick: bool) -> u64 {
         match (self, quick) {
             (Self::Sparse, _) => 1536,
-            (Self::Numa | Self::Huge, _) => 1024,
+            (Self::ColdCounted | Self::Numa | Self::Huge, _) => 1024,
             // Three guests, QEMU's own memory, and the VM's.
             (Self::Guests, _) => 1344,
             (_, true) => 768,
@@ -129,7 +132,7 @@ impl Scenario {
             Self::Steady => steady::unique(session),
             Self::Merged => steady::merged(session),
             Self::Near => steady::near(session),
-            Self::Cold => cold::run(session),
+            Self::Cold | Self::ColdCounted => cold::run(session),
             Self::Sparse => sparse::run(session),
             Self::Volatile => volatile::run(session),
             Self::Memory => memory_use::run(session),

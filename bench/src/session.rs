@@ -12,6 +12,7 @@ use crate::record::Boot;
 use crate::record::Metric;
 use crate::record::Sample;
 use crate::record::Side;
+use crate::scenario::Machine;
 use crate::scenario::Scenario;
 
 /// What is measured in a boot, and how far that is.
@@ -64,6 +65,11 @@ impl Session {
                 samples: Vec::new(),
             },
         })
+    }
+
+    /// Where this is.
+    pub fn machine(&self) -> Machine {
+        self.boot.machine
     }
 
     /// The first of two values, or in the quick form the second.
