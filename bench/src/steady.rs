@@ -24,7 +24,7 @@ const LEAST: Duration = Duration::from_millis(300);
 /// Pages that differ, in growing amounts.
 pub fn unique(session: &mut Session) -> Result<()> {
     let room = session.room_mib();
-    let wanted: &[usize] = session.pick(&[64, 128, 256, 512, 1024, 2048], &[32, 128]);
+    let wanted: &[usize] = session.pick(&[64, 128, 256, 512, 1024, 2048], &[64, 128]);
     let sizes: Vec<usize> = wanted.iter().copied().filter(|&mib| mib <= room).collect();
     if let Some(missing) = wanted.get(sizes.len()) {
         session.note(format!(
