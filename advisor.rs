@@ -29,7 +29,7 @@ const WEIGHT: u64 = 30;
 pub(crate) struct Spent {
     /// Milliseconds of time.
     pub(crate) millisecs: u64,
-    /// Milliseconds of the thread's CPU time.
+    /// Milliseconds of CPU time, of all threads together.
     pub(crate) cpu_millisecs: u64,
 }
 

@@ -189,11 +189,6 @@ unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr)
 	return handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE, NULL);
 }
 
-void ksm_rs_flush_anon_page(struct vm_area_struct *vma, struct page *page, unsigned long addr)
-{
-	flush_anon_page(vma, page, addr); flush_dcache_page(page);
-}
-
 void ksm_rs_flush_cache_page(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn)
 {
 	flush_cache_page(vma, addr, pfn);
@@ -284,11 +279,6 @@ bool ksm_rs_pte_write(pte_t pte)
 bool ksm_rs_pte_dirty(pte_t pte)
 {
 	return pte_dirty(pte);
-}
-
-bool ksm_rs_pte_same(pte_t a, pte_t b)
-{
-	return pte_same(a, b);
 }
 
 bool ksm_rs_pte_is_ksm_zero(pte_t pte)

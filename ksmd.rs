@@ -68,6 +68,9 @@ use kernel::{
 /// How long the thread waits, having failed to adopt an address space.
 const RETRY_MILLISECS: u32 = 100;
 
+/// How often the first thread looks for address spaces to bury while others still scan.
+const BURIAL_MILLISECS: u32 = 20;
+
 /// How often unload tries again to undo all merges, and how long it waits in between.
 const UNLOAD_TRIES: usize = 100;
 const UNLOAD_PAUSE: Delta = Delta::from_millis(100);
@@ -192,7 +195,8 @@ impl Ksm {
         let _control = self.control.lock();
         let same = self.knobs.run() == run;
         self.knobs.set_run(run);
-        // As with stock, the thread is between two batches when the write returns; after 0, for good.
+        // As with stock, no thread decides on anything when the write returns; after 0, for good. It may still be
+        // reading the pages of a last batch.
         drop(self.engine());
         if same {
             return Ok(());
@@ -358,10 +362,20 @@ impl Ksm {
         let mut guard = self.state.lock();
         while guard.turn.others != 0 {
             if self.should_pause() {
+                // They leave after the page that they are at.
                 guard.turn.open = false;
+                self.parted.wait(&mut guard);
+                continue;
             }
-            // It may take long, which is no reason to call the thread hung; stopping and freezing wake it.
-            let _ = self.parted.wait_interruptible(&mut guard);
+            // It may take long, which is no reason to call the thread hung; stopping and freezing wake it. And somebody
+            // must bury the dead.
+            let wait = msecs_to_jiffies(BURIAL_MILLISECS);
+            let _ = self.parted.wait_interruptible_timeout(&mut guard, wait);
+            drop(guard);
+            if self.registry.has_dead() {
+                self.bury_some();
+            }
+            guard = self.state.lock();
         }
         guard.turn.open = false;
     }
@@ -390,7 +404,9 @@ impl Ksm {
             // Let go of after each batch: other threads, writers of knobs and memory hotplug wait for it.
             let mut guard = self.engine();
             let state = &mut *guard;
-            let budget = state.turn.budget.min(BATCH_PAGES);
+            // No more than a fair share, so that there is something for everybody.
+            let threads = state.turn.bells.len().saturating_add(1);
+            let budget = state.turn.budget.div_ceil(threads).min(BATCH_PAGES);
             if budget == 0 || !state.turn.open {
                 break;
             }

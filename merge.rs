@@ -211,25 +211,32 @@ impl Engine {
 
     /// A mapping of a merged page: known already, or made by a fork, which does not ask for any limit.
     fn consider_merged(&mut self, id: Id, node_id: Id, nid: usize) {
-        let home = self.forest_of(nid);
-        if self.stable.nid(node_id).is_some_and(|at| at != home) {
-            self.stable.rehome(node_id, home);
-        }
         if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
             if self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
+                self.settle_at_home(node_id, nid);
                 return;
             }
         }
         self.detach(id);
+        // The page may have been another's since it was seen, and the node may be gone, or another one.
         let Some(node) = self.stable.node_mut(node_id) else {
             return;
         };
         match node.try_page() {
             NodePage::Live(page) => {
+                self.settle_at_home(node_id, page.nid());
                 let _ = self.merge_with(id, node_id, &page);
             }
             NodePage::Busy => {}
             NodePage::Stale => self.retire(node_id),
+        }
+    }
+
+    /// Moves a node to the forest for its page's NUMA node, if it is not there.
+    fn settle_at_home(&mut self, node_id: Id, nid: usize) {
+        let home = self.forest_of(nid);
+        if self.stable.nid(node_id).is_some_and(|at| at != home) {
+            self.stable.rehome(node_id, home);
         }
     }
 
@@ -401,7 +408,12 @@ impl Engine {
                 Err(why) => {
                     drop(page);
                     self.unshare(id);
-                    Err(why)
+                    Err(match why {
+                        // It has changed in the last moment, but then so may this one have: next pass.
+                        NotMerged::Different => NotMerged::Busy,
+                        // Others of the same hash may be free.
+                        _ => NotMerged::Different,
+                    })
                 }
             }
         });
@@ -411,11 +423,7 @@ impl Engine {
                 drop(self.stable.remove(node_id));
                 self.discard_rmap(rmap);
                 self.discard_rmap(other_rmap);
-                // The other's page may have changed in the last moment, but then so may this one's: next pass.
-                return Err(match why {
-                    NotMerged::Different => NotMerged::Busy,
-                    why => why,
-                });
+                return Err(why);
             }
         };
 
@@ -476,9 +484,11 @@ impl Engine {
         }
         drop(page);
         if other_large {
-            let page = self.fetch(other).ok_or(NotMerged::Gone)?;
+            let page = self.fetch(other).ok_or(NotMerged::Different)?;
             if page.is_large() {
-                page.try_lock().ok_or(NotMerged::Busy)?.split()?;
+                // One that is pinned cannot be split, and must not keep others from merging either.
+                let split = page.try_lock().ok_or(NotMerged::Different)?.split();
+                split.map_err(|_| NotMerged::Different)?;
             }
         }
         Ok(())

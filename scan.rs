@@ -326,9 +326,7 @@ impl Engine {
             }
         }
         batch.seen.clear();
-        if self.pass_start.advised {
-            self.account(batch);
-        }
+        self.account(batch);
         pages
     }
 
@@ -521,11 +519,15 @@ impl Engine {
     }
 
     fn skip_page(&mut self, id: Id) {
+        self.stats.pages_skipped.up();
+        if let Some(State::Merged(_)) = self.items.get(id).map(PageItem::state) {
+            // By one before it in the batch, or by another thread, after it was seen.
+            return;
+        }
         self.detach(id);
         if let Some(item) = self.items.get_mut(id) {
             item.grow_older();
         }
-        self.stats.pages_skipped.up();
     }
 
     /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them

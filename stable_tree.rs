@@ -200,6 +200,14 @@ impl StableTree {
 
     /// Moves a node to the forest of another NUMA node, as its page has moved there.
     pub(crate) fn rehome(&mut self, id: Id, nid: usize) {
+        if !self
+            .entries
+            .get(id)
+            .is_some_and(|entry| entry.links.is_linked())
+        {
+            // No node, or none that is in a forest: an id may be out of date.
+            return;
+        }
         self.uproot(id);
         if let Some(entry) = self.entries.get_mut(id) {
             entry.nid = nid as u32;

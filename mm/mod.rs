@@ -5,8 +5,8 @@
 //! Everything that touches a folio, a page table or a structure the core reads is here; the policy
 //! above it is safe Rust. The rules that make the surface safe:
 //!
-//! - A page's contents are only ever replaced by [`Vma::replace`], which write-protects, compares all
-//!   bytes and swaps the PTE by itself: no caller can make a wrong merge.
+//! - A mapping is only ever changed to another page by [`Vma::replace`] and its like for the zero page, which
+//!   keep everybody from writing, compare all bytes and exchange the PTE by themselves: no caller can make a wrong merge.
 //! - A [`StableNode`] is freed only when no folio points at it, an [`RmapItem`] only when no node lists
 //!   it; both are leaked otherwise, because the core may still read them.
 //! - Page tables are only touched with `mm_users` held ([`Entered`]) and the mmap lock read-locked
@@ -14,7 +14,7 @@
 //!
 //! # Lock order
 //!
-//! Outermost first: `control` → the engine's mutex (both in `ksmd.rs`) → mmap lock → folio lock → MMU
+//! Outermost first: `control` → a thread's batch → the engine's mutex (all in `ksmd.rs`) → mmap lock → folio lock → MMU
 //! notifier range → anon_vma → PTE lock. The registry's spinlock (`registry.rs`) nests inside whatever the core
 //! holds when it calls the probes, `task_lock()` included, and takes nothing but the bell's. The stock KSM's
 //! `ksm_thread_mutex` is taken inside `control`, for an instant.

@@ -122,8 +122,9 @@ impl Drop for LockedPte<'_> {
     }
 }
 
-/// The locked entry of a page that nobody can write to as long as this value lives: neither by a mapping, nor by a
-/// reference. Dropped, it leaves the page mapped as before, but write-protected.
+/// The locked entry of a page that nobody can write to as long as this value lives: by a mapping, as none allows it; by
+/// a reference, as there is none, or only such as were taken for reading. Dropped, it leaves the page mapped as before, but
+/// write-protected.
 ///
 /// # Invariants
 ///

@@ -136,4 +136,26 @@ mod tests {
         assert_eq!(seen(), (1, 2));
         Ok(())
     }
+
+    #[test]
+    fn an_id_that_is_out_of_date_is_planted_nowhere() -> Result {
+        let mut tree = empty_tree()?;
+        let last = crate::mm::nr_nodes() - 1;
+        let hash = ContentHash::new(5 << 60);
+        // A second one keeps the record of the first one from being freed with its chunk.
+        let (gone, stays) = (planted(&mut tree, hash)?, planted(&mut tree, hash)?);
+        drop(tree.remove(gone));
+        for nid in [0, last] {
+            tree.rehome(gone, nid);
+            assert!(tree.first() == Some(stays));
+            assert!(tree.next(stays).is_none());
+        }
+        // Nor is one that is only prepared.
+        let prepared = tree.prepare()?;
+        tree.rehome(prepared, last);
+        assert!(tree.next(stays).is_none());
+        drop(tree.remove(prepared));
+        drop(tree.remove(stays));
+        Ok(())
+    }
 }

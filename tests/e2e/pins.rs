@@ -23,6 +23,8 @@ use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::procfs;
 use ksm_e2e::slow_file::SlowFile;
+use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
 use nix::fcntl::SpliceFFlags;
 use nix::fcntl::vmsplice;
 use nix::unistd::pipe;
@@ -30,6 +32,7 @@ use nix::unistd::pipe;
 ksm_e2e::tests![
     pages_in_a_pipe_are_not_merged_until_they_are_read,
     pages_that_were_in_use_merge_though_nothing_changed,
+    a_huge_page_in_use_keeps_no_others_from_merging,
     pages_being_read_into_directly_are_not_merged,
     pages_in_use_are_not_replaced_by_merged_ones,
     pages_registered_with_io_uring_are_not_merged,
@@ -155,6 +158,30 @@ fn pages_that_were_in_use_merge_though_nothing_changed(ksm: &Ksm) -> Result<()> 
         ksm.unmerge()?;
     }
     Ok(())
+}
+
+fn a_huge_page_in_use_keeps_no_others_from_merging(ksm: &Ksm) -> Result<()> {
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    let own = Own(Mapping::huge(1).map()?);
+    own.fill(OLD);
+    memory::advise(own.0, libc::MADV_MERGEABLE)?;
+    let (_reader, writer) = pipe()?;
+    Own(own.0.part(0, 8)).put_into(&writer)?;
+    ksm.scan_passes(3)?;
+    let here = one.map_mergeable(8, OLD)?;
+    let there = other.map_mergeable(8, OLD)?;
+    ksm.start()?;
+    wait::until("the pages that can be merged are", PATIENCE, || {
+        let counters = ksm.counters()?;
+        Ok((counters.shared, counters.sharing) == (8, 8))
+    })?;
+    ensure!(
+        own.ksm_pages()? == 0,
+        "pages of the huge page that is in use were merged"
+    );
+    own.verify(OLD)?;
+    one.verify(here, OLD)?;
+    other.verify(there, OLD)
 }
 
 fn pages_being_read_into_directly_are_not_merged(ksm: &Ksm) -> Result<()> {

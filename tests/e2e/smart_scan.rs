@@ -20,6 +20,7 @@ ksm_e2e::tests![
     skipped_pages_do_not_use_up_pages_to_scan,
     smart_scan_can_be_turned_off_and_on,
     every_page_has_an_age_of_its_own,
+    a_page_that_is_merged_just_when_it_would_be_left_out_stays_merged,
 ];
 
 /// Whether a page is looked at that has been visited so many times before.
@@ -243,4 +244,30 @@ fn every_page_has_an_age_of_its_own(ksm: &Ksm) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn a_page_that_is_merged_just_when_it_would_be_left_out_stays_merged(ksm: &Ksm) -> Result<()> {
+    if ksm.is_stock() {
+        // It finds no page that it leaves out.
+        return Ok(());
+    }
+    let content = Content::Distinct(1);
+    let mut child = Child::spawn()?;
+    let old = child.map_mergeable(4, content)?;
+    ksm.write("smart_scan", 1)?;
+    let mut passes = Passes::of(ksm)?;
+    passes.make(3)?;
+    // New pages at a lower address: they are looked at before the old ones of the same batch.
+    let new = child.map_mergeable(4, content)?;
+    ensure!(new.addr < old.addr, "the new pages are behind the old ones");
+    passes.pass()?;
+    ksm.expect(Counters {
+        volatile: 4,
+        ..Counters::merged(0, 0).and_unshared(4)
+    })?;
+    // The fifth visit of the old ones, which leaves them out, and the second one of the new ones.
+    passes.pass()?;
+    ksm.expect(Counters::merged(4, 4))?;
+    child.verify(old, content)?;
+    child.verify(new, content)
 }
