@@ -136,19 +136,22 @@ fn pages_in_a_pipe_are_not_merged_until_they_are_read(ksm: &Ksm) -> Result<()> {
 }
 
 fn pages_that_were_in_use_merge_though_nothing_changed(ksm: &Ksm) -> Result<()> {
-    // Whichever of the two is visited first.
+    // Whichever of the two comes first.
     for pinned_first in [false, true] {
         let mut other = Child::spawn()?;
+        let (reader, writer) = pipe()?;
         let (own, there) = if pinned_first {
             let own = Own::mergeable(8, OLD)?;
+            own.put_into(&writer)?;
+            ksm.scan_passes(3)?;
             (own, other.map_mergeable(8, OLD)?)
         } else {
             let there = other.map_mergeable(8, OLD)?;
             ksm.scan_passes(3)?;
-            (Own::mergeable(8, OLD)?, there)
+            let own = Own::mergeable(8, OLD)?;
+            own.put_into(&writer)?;
+            (own, there)
         };
-        let (reader, writer) = pipe()?;
-        own.put_into(&writer)?;
         expect_no_merge(ksm)?;
         File::from(reader).read_exact(&mut vec![0; own.0.len()])?;
         ksm.merge_until(Counters::merged(8, 8))?;
