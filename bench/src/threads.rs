@@ -28,7 +28,7 @@ pub fn run(session: &mut Session) -> Result<()> {
         } else {
             &[1]
         };
-        let victims = Victim::several(
+        let mut victims = Victim::several(
             8,
             Spec {
                 shape: Shape::Dense,
@@ -50,6 +50,15 @@ pub fn run(session: &mut Session) -> Result<()> {
             turn.record(case, None, Metric::CpuMsPerPass, spent.cpu_ms_per_pass());
         }
         turn.ksm.stop()?;
+        if turn.side() == Side::Stock {
+            // What the machine's memory allows: loops that read, as many at a time as there are threads.
+            for (case, readers) in [("1 thread", 1), ("2 threads", 2)] {
+                let ns = Victim::read_side_by_side(&mut victims[..readers])?;
+                let pages_a_ns: f64 = ns.iter().map(|ns| 1.0 / ns).sum();
+                let ms = pages as f64 / pages_a_ns / 1e6;
+                turn.record_of(Side::Limit, case, None, Metric::WallMsPerPass, ms);
+            }
+        }
         drop(victims);
         turn.clear()
     })?;

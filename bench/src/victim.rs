@@ -14,12 +14,16 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use nix::sched::CpuSet;
+use nix::sched::sched_setaffinity;
 use nix::sys::signal::Signal;
 use nix::sys::signal::kill;
 use nix::sys::wait::waitpid;
 use nix::unistd::ForkResult;
 use nix::unistd::Pid;
+use nix::unistd::SysconfVar;
 use nix::unistd::fork;
+use nix::unistd::sysconf;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -51,8 +55,8 @@ pub struct Spec {
 /// What a victim can be told to do.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Command {
-    /// Read all pages in the order of their addresses; answered with ns a page.
-    Read,
+    /// Read all pages in the order of their addresses, on this CPU if one is given; answered with ns a page.
+    Read(Option<usize>),
     /// Give so many of a thousand pages new contents, which are those of so many others as well.
     Rewrite {
         per_mille: u64,
@@ -164,7 +168,23 @@ impl Victim {
 
     /// Lets the process read all of its pages in the order of their addresses; returns ns a page.
     pub fn read(&mut self) -> Result<f64> {
-        match self.ask(Command::Read)? {
+        self.tell(Command::Read(None))?;
+        self.has_read()
+    }
+
+    /// Lets each of several processes read its pages on a CPU of its own, the last CPUs, all at the same time; returns ns
+    /// a page for each of them.
+    pub fn read_side_by_side(victims: &mut [Self]) -> Result<Vec<f64>> {
+        let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN)?.context("how many CPUs are there?")?;
+        let cpus = (0..usize::try_from(cpus)?).rev();
+        for (victim, cpu) in victims.iter_mut().zip(cpus) {
+            victim.tell(Command::Read(Some(cpu)))?;
+        }
+        victims.iter_mut().map(Self::has_read).collect()
+    }
+
+    fn has_read(&mut self) -> Result<f64> {
+        match self.receive()? {
             Answer::Number(ns) => Ok(ns),
             other => bail!("victim {} answers {other:?}", self.pid),
         }
@@ -235,7 +255,12 @@ fn prepare(spec: Spec) -> Result<Area> {
 
 fn obey(command: Command, spec: Spec, area: &mut Area) -> Result<Answer> {
     match command {
-        Command::Read => {
+        Command::Read(cpu) => {
+            if let Some(cpu) = cpu {
+                let mut cpus = CpuSet::new();
+                cpus.set(cpu)?;
+                sched_setaffinity(Pid::from_raw(0), &cpus)?;
+            }
             area.read_all();
             let (start, mut times) = (Instant::now(), 0);
             while start.elapsed() < Duration::from_millis(100) {
