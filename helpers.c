@@ -247,6 +247,11 @@ void ksm_rs_spin_unlock(spinlock_t *lock)
 	spin_unlock(lock);
 }
 
+bool ksm_rs_spin_is_contended(spinlock_t *lock)
+{
+	return spin_is_contended(lock);
+}
+
 struct page *ksm_rs_pmd_page(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd)
 {
 #ifdef CONFIG_TRANSPARENT_HUGEPAGE

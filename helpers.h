@@ -152,6 +152,7 @@ bool ksm_rs_pmd_present(pmd_t pmd);
 bool ksm_rs_pmd_leaf(pmd_t pmd);
 spinlock_t *ksm_rs_pmd_lock(struct mm_struct *mm, pmd_t *pmdp);
 void ksm_rs_spin_unlock(spinlock_t *lock);
+bool ksm_rs_spin_is_contended(spinlock_t *lock);
 struct page *ksm_rs_pmd_page(struct vm_area_struct *vma, unsigned long addr, pmd_t pmd);
 pte_t ksm_rs_ptep_get(pte_t *ptep);
 bool ksm_rs_pte_none(pte_t pte);

@@ -41,8 +41,8 @@ struct Gather<'a> {
 
 impl Vma<'_> {
     /// Collects anonymous pages mapped in `[from, end of the VMA)`, in address order, with a reference on
-    /// each, into the spare capacity of `found`, until that has `limit` of them. Ends sooner at the end of a page table:
-    /// when there are `enough`, or when somebody waits for the mmap lock.
+    /// each, into the spare capacity of `found`, until that has `limit` of them. Ends sooner when there are `enough` at the
+    /// end of a page table, or when somebody waits for the mmap lock or the page table's.
     ///
     /// Returns the address to go on from. Sleeps between page tables, never allocates.
     pub(crate) fn gather(
@@ -175,7 +175,10 @@ unsafe fn anon_page(page: *mut bindings::page) -> Option<PageRef> {
 }
 
 /// Calls `each` with the address of every anonymous page that the page table, or the huge page, behind
-/// `pmdp` maps in `[address, end)`, under its lock, until `each` answers `false`.
+/// `pmdp` maps in `[address, end)`, under its lock, until `each` answers `false`, or somebody waits for one of the locks
+/// that are held: page faults of the process are not to notice that it is scanned.
+///
+/// Returns the first address that was not dealt with, which is behind `address` if `each` always answers `true`.
 ///
 /// # Safety
 ///
@@ -186,14 +189,14 @@ unsafe fn for_each_anon_page(
     end: usize,
     walk: *mut bindings::mm_walk,
     mut each: impl FnMut(usize, PageRef) -> bool,
-) {
+) -> usize {
     // SAFETY: The walker hands us a valid PMD entry of `walk.mm`, whose mmap lock is held. Every entry is read
     // under the lock of its table; the lock is released on every path.
     unsafe {
         let (mm, vma) = ((*walk).mm, (*walk).vma);
         let pmd = bindings::ksm_rs_pmdp_get_lockless(pmdp);
         if !bindings::ksm_rs_pmd_present(pmd) {
-            return;
+            return end;
         }
         if bindings::ksm_rs_pmd_leaf(pmd) {
             let lock = bindings::ksm_rs_pmd_lock(mm, pmdp);
@@ -201,28 +204,33 @@ unsafe fn for_each_anon_page(
             let huge = bindings::ksm_rs_pmd_present(pmd) && bindings::ksm_rs_pmd_leaf(pmd);
             if huge {
                 let head = bindings::ksm_rs_pmd_page(vma, address, pmd);
-                while !head.is_null() && address < end {
+                while address < end {
                     let index = (address & (PAGE_TABLE_SPAN - 1)) / PAGE_SIZE;
                     // A page of ordinary memory, as the pages of a huge page lie side by side.
-                    let Some(page) = anon_page(head.add(index)) else {
+                    let page = (!head.is_null()).then(|| anon_page(head.add(index)));
+                    let Some(page) = page.flatten() else {
+                        address = end;
                         break;
                     };
                     if !each(address, page) {
                         break;
                     }
                     address = address.wrapping_add(PAGE_SIZE);
+                    if is_awaited(mm, lock) {
+                        break;
+                    }
                 }
             }
             bindings::ksm_rs_spin_unlock(lock);
             if huge {
-                return;
+                return address;
             }
         }
 
         let mut lock = core::ptr::null_mut();
         let first = bindings::ksm_rs_pte_offset_map_lock(mm, pmdp, address, &mut lock);
         if first.is_null() {
-            return;
+            return end;
         }
         let mut ptep = first;
         while address < end {
@@ -237,9 +245,24 @@ unsafe fn for_each_anon_page(
             }
             address = address.wrapping_add(PAGE_SIZE);
             ptep = ptep.add(1);
+            if is_awaited(mm, lock) {
+                break;
+            }
         }
         bindings::ksm_rs_pte_unmap_unlock(first, lock);
     }
+    address
+}
+
+/// Whether somebody waits for the mmap lock, or for the lock of a page table.
+///
+/// # Safety
+///
+/// The caller holds both.
+#[inline(always)]
+unsafe fn is_awaited(mm: *mut bindings::mm_struct, lock: *mut bindings::spinlock_t) -> bool {
+    // SAFETY: Both are valid, as the caller holds them.
+    unsafe { bindings::ksm_rs_spin_is_contended(lock) || bindings::ksm_rs_mmap_lock_contended(mm) }
 }
 
 /// Collects the pages behind one PMD entry; stops the walk once there are enough.
@@ -255,24 +278,19 @@ unsafe extern "C" fn gather_pmd_entry(
 ) -> ffi::c_int {
     // SAFETY: `gather()` passed a `Gather` that outlives the walk and is used by nobody else during it.
     let gather = unsafe { &mut *(*walk).private.cast::<Gather<'_>>() };
-    gather.resume = end;
     // SAFETY: Our arguments are those of a `pmd_entry` callback.
-    unsafe {
+    gather.resume = unsafe {
         for_each_anon_page(pmdp, address, end, walk, |address, page| {
             let full = gather.found.len() >= gather.limit;
             // A vector without room drops the page again, and the walk goes on from there.
-            let pushed = !full
+            !full
                 && gather
                     .found
                     .push_within_capacity(Found { address, page })
-                    .is_ok();
-            if !pushed {
-                gather.resume = address;
-            }
-            pushed
+                    .is_ok()
         })
     };
-    if gather.found.len() >= gather.enough {
+    if gather.resume < end || gather.found.len() >= gather.enough {
         return 1;
     }
     super::breathe();
@@ -299,8 +317,8 @@ unsafe extern "C" fn page_at_pmd_entry(
         for_each_anon_page(pmdp, address, end, walk, |_, page| {
             *result = Some(page);
             false
-        })
-    };
+        });
+    }
     0
 }
 

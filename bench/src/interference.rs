@@ -6,6 +6,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::holds;
+use crate::holds::Holds;
+use crate::holds::Lock;
 use crate::memory::Content;
 use crate::memory::PAGES_PER_MIB;
 use crate::memory::Shape;
@@ -40,16 +42,53 @@ pub fn run(session: &mut Session) -> Result<()> {
         turn.ksm.start()?;
         turn.ksm.passes(3)?;
         let scanned = victim.probe(time)?;
-        let holds = holds::measure(&turn.ksm.threads())?;
+        let holds = holds::measure(Lock::Mmap, &turn.ksm.threads())?;
         turn.ksm.stop()?;
         record(turn, turn.side(), scanned);
-        turn.record(CASE, None, Metric::HoldP50, holds.each.p50);
-        turn.record(CASE, None, Metric::HoldP99, holds.each.p99);
-        turn.record(CASE, None, Metric::HoldMax, holds.each.max);
-        turn.record(CASE, None, Metric::HoldShare, holds.percent);
+        record_holds(turn, CASE, holds);
         drop(victim);
         turn.clear()
     })
+}
+
+/// Times how long the locks of page tables are held, in pages that stay as they are and in pages that are merged, where a
+/// µs is a thousand instructions.
+pub fn table_locks(session: &mut Session) -> Result<()> {
+    let mib = session.pick(64, 16);
+    session.note(format!(
+        "{mib} MiB; 1 µs is 1000 instructions, some of them the probes'"
+    ));
+    session.alternate(|turn| {
+        for (case, content) in [
+            ("unique pages", Content::Unique),
+            ("pages that are merged", Content::Groups(16)),
+        ] {
+            let victim = Victim::spawn(Spec {
+                shape: Shape::Dense,
+                content,
+                seed: u64::from(turn.round),
+                first: 0,
+                pages: mib * PAGES_PER_MIB,
+            })?;
+            turn.ksm.start()?;
+            // The first pass merges nothing.
+            turn.ksm
+                .passes(if content == Content::Unique { 3 } else { 1 })?;
+            let holds = holds::measure(Lock::Table, &turn.ksm.threads())?;
+            turn.ksm.stop()?;
+            record_holds(turn, case, holds);
+            drop(victim);
+            turn.clear()?;
+        }
+        Ok(())
+    })
+}
+
+fn record_holds(turn: &mut Turn<'_>, case: &str, holds: Holds) {
+    turn.record(case, None, Metric::HoldP50, holds.each.p50);
+    turn.record(case, None, Metric::HoldP99, holds.each.p99);
+    turn.record(case, None, Metric::HoldMax, holds.each.max);
+    turn.record(case, None, Metric::HoldShare, holds.percent);
 }
 
 fn record(turn: &mut Turn<'_>, side: Side, latencies: Latencies) {

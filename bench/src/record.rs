@@ -118,10 +118,10 @@ impl Metric {
             Self::MunmapP50 => "munmap, p50",
             Self::MunmapP99 => "munmap, p99",
             Self::MunmapMax => "munmap, max",
-            Self::HoldShare => "mmap lock held, in all",
-            Self::HoldP50 => "mmap lock held, p50",
-            Self::HoldP99 => "mmap lock held, p99",
-            Self::HoldMax => "mmap lock held, max",
+            Self::HoldShare => "lock held, in all",
+            Self::HoldP50 => "lock held, p50",
+            Self::HoldP99 => "lock held, p99",
+            Self::HoldMax => "lock held, max",
         }
     }
 

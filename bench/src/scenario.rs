@@ -60,6 +60,8 @@ pub enum Scenario {
     Memory,
     /// What a process notices of being scanned.
     Interference,
+    /// How long the locks of page tables are held.
+    TableLocks,
     /// Several scanning threads.
     Threads,
     /// What `cold` is, counted in instructions.
@@ -91,6 +93,7 @@ impl Scenario {
             Self::Volatile => "memory that changes between passes",
             Self::Memory => "kernel memory for what is known",
             Self::Interference => "latency of a process that is scanned",
+            Self::TableLocks => "how long the locks of page tables are held",
             Self::Threads => "several scanning threads",
             Self::ColdCounted => "fresh memory until all is merged, in instructions",
             Self::Numa => "two NUMA nodes, merge_across_nodes=0",
@@ -102,7 +105,7 @@ impl Scenario {
     /// Where it runs.
     pub fn machine(self) -> Machine {
         match self {
-            Self::ColdCounted | Self::Numa | Self::Huge => Machine::Icount,
+            Self::ColdCounted | Self::TableLocks | Self::Numa | Self::Huge => Machine::Icount,
             Self::Guests => Machine::Qemu,
             _ => Machine::Um,
         }
@@ -117,7 +120,7 @@ impl Scenario {
     pub fn memory_mib(self, quick: bool) -> u64 {
         match (self, quick) {
             (Self::Sparse, _) => 1536,
-            (Self::ColdCounted | Self::Numa | Self::Huge, _) => 1024,
+            (Self::ColdCounted | Self::TableLocks | Self::Numa | Self::Huge, _) => 1024,
             // Three guests, QEMU's own memory, and the VM's.
             (Self::Guests, _) => 1344,
             (_, true) => 768,
@@ -137,6 +140,7 @@ impl Scenario {
             Self::Volatile => volatile::run(session),
             Self::Memory => memory_use::run(session),
             Self::Interference => interference::run(session),
+            Self::TableLocks => interference::table_locks(session),
             Self::Threads => threads::run(session),
             Self::Numa => emulated::numa(session),
             Self::Huge => emulated::huge(session),
