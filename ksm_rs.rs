@@ -11,6 +11,7 @@
 
 use crate::{
     btf::Btf,
+    delay::Point,
     knobs::Run,
     ksmd::Ksm,
     kthread::Thread,
@@ -32,6 +33,7 @@ use kernel::{
 mod advisor;
 mod arena;
 mod btf;
+mod delay;
 mod engine;
 mod forest;
 mod hash;
@@ -189,6 +191,9 @@ impl Drop for KsmRs {
         // seen, until nothing is.
         self.thread = None;
         self.ksm.dismantle();
+        delay::at(Point::Dismantled);
+        #[cfg(ksm_rs_delays)]
+        delay::report();
         pr_info!("unloaded\n");
         // The fields go in order: the probes, the notifier, and with the last reference the stock KSM is given back.
     }

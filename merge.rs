@@ -9,6 +9,10 @@
 
 use crate::{
     arena::Id,
+    delay::{
+        self,
+        Point, //
+    },
     engine::{
         Engine,
         MergedRmap,
@@ -280,6 +284,7 @@ impl Engine {
             self.discard_rmap(rmap);
             return Err(why);
         }
+        delay::at(Point::Mapped);
         let lock = page.lock();
         let attached = self.attach(id, node_id, rmap, &lock);
         drop(lock);
@@ -335,6 +340,7 @@ impl Engine {
             }
             lock.split()?;
         }
+        delay::at(Point::Replacing);
         vma.replace(address, &lock, kpage)?;
         rmap.item.bind(&vma);
         Ok(())
@@ -402,7 +408,9 @@ impl Engine {
             return Err(NotMerged::Busy);
         };
 
+        delay::at(Point::Paired);
         let merged = self.make_ksm(id, &mut rmap).and_then(|page| {
+            delay::at(Point::KsmMade);
             match self.map_in_place(other, &page, &mut other_rmap) {
                 Ok(()) => Ok(page),
                 Err(why) => {

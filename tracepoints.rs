@@ -2,9 +2,15 @@
 
 //! Learning of address spaces: the tracepoints `ksm_enter` and `ksm_exit`, and one walk over all tasks.
 
-use crate::mm::{
-    bindings,
-    space::AddressSpace, //
+use crate::{
+    delay::{
+        self,
+        Point, //
+    },
+    mm::{
+        bindings,
+        space::AddressSpace, //
+    },
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -104,6 +110,7 @@ impl<T: Observer> Drop for Probes<T> {
 ///
 /// `data` must be a live `T`, `mm` a live `mm_struct`.
 unsafe extern "C" fn on_enter<T: Observer>(data: *mut ffi::c_void, mm: *mut ffi::c_void) {
+    delay::at(Point::Entering);
     // SAFETY: `data` is the observer, see `register()`; the core passes a live `mm_struct`.
     unsafe { (*data.cast::<T>()).enter(AddressSpace::grab(mm.cast())) };
 }
@@ -114,6 +121,7 @@ unsafe extern "C" fn on_enter<T: Observer>(data: *mut ffi::c_void, mm: *mut ffi:
 ///
 /// `data` must be a live `T`.
 unsafe extern "C" fn on_exit<T: Observer>(data: *mut ffi::c_void, mm: *mut ffi::c_void) {
+    delay::at(Point::Exiting);
     // SAFETY: `data` is the observer, see `register()`.
     unsafe { (*data.cast::<T>()).exit(mm as usize) };
 }

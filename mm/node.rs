@@ -22,6 +22,10 @@ use super::{
 };
 use crate::{
     arena::Id,
+    delay::{
+        self,
+        Point, //
+    },
     layout::{
         Wanted,
         WantedSize, //
@@ -220,6 +224,7 @@ impl StableNode {
             let Some(page) = self.find() else {
                 return NodePage::Stale;
             };
+            delay::at(Point::NodeFound);
             let Some(lock) = page.try_lock() else {
                 return NodePage::Busy;
             };
@@ -245,6 +250,7 @@ impl StableNode {
     fn find(&mut self) -> Option<PageRef> {
         loop {
             let pfn = self.pfn();
+            delay::at(Point::FrameRead);
             // SAFETY: The frame belonged to our page, so it has a `struct page`: no node is looked at while memory
             // goes offline, and those of frames that are gone are dropped before the next look (`hotplug.rs`).
             // Taking a reference by `folio_try_get()` is safe on any frame.
@@ -298,6 +304,7 @@ impl StableNode {
         if !self.stands_for(page.page()) || page.is_mapped() {
             return false;
         }
+        delay::at(Point::Releasing);
         // SAFETY: A KSM folio without a node is what the core knows from the moments before `adopt()`.
         unsafe { page.set_mapping(MAPPING_KSM) };
         // INVARIANT: The one folio that pointed at the node does so no more.

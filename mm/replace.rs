@@ -12,6 +12,10 @@ use super::{
     },
     space::Vma, //
 };
+use crate::delay::{
+    self,
+    Point, //
+};
 
 /// The announcement to secondary MMUs (KVM) that one page's mapping is about to change.
 ///
@@ -271,6 +275,7 @@ impl Vma<'_> {
         Self::check(page)?;
         let _notified = Notified::start(self, address);
         drop(self.protect(address, page)?);
+        delay::at(Point::WriteProtected);
         let folio = page.page().folio();
         // SAFETY: The folio is anonymous, small, locked, and every mapping of it is write-protected: what the
         // core expects of a KSM folio. A null node says that its mappings are not known yet.
@@ -298,11 +303,13 @@ impl Vma<'_> {
         Self::check(page)?;
         let _notified = Notified::start(self, address);
         let protected = self.protect(address, page)?;
+        delay::at(Point::Protected);
         // Under the spinlock, so that the entry is emptied and flushed once and not twice: other CPUs, and guests that
         // the memory belongs to, pay for a flush too.
         if !page.page().same_contents(kpage) {
             return Err(NotMerged::Different);
         }
+        delay::at(Point::Compared);
         // SAFETY: The contents are equal, and nobody can change them. The KSM page gets the reference and the mapcount
         // of its new mapping before it is mapped.
         unsafe {
