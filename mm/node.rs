@@ -334,7 +334,7 @@ impl StableNode {
         gone
     }
 
-    /// Adds a mapping to the list, under the lock of the node's page.
+    /// Adds a mapping to the list, under the lock of the node's page, which must be there already.
     pub(crate) fn link(&mut self, page: &PageLock<'_>, item: &mut RmapItem) -> Result<(), ()> {
         if !self.stands_for(page.page()) || item.linked || !item.bound {
             return Err(());
@@ -350,6 +350,9 @@ impl StableNode {
             (*node).pprev = &raw mut (*head).first;
             (*head).first = node;
         }
+        // As long as it was mapped once only, its process may have said by `MADV_FREE` that it needs it no more; from here
+        // on there is another mapping, which keeps `MADV_FREE` from it.
+        page.mark_dirty();
         // INVARIANT: One more item is in the list.
         self.items = self.items.saturating_add(1);
         item.linked = true;

@@ -250,6 +250,17 @@ impl PageLock<'_> {
         unsafe { bindings::ksm_rs_folio_mapped(self.page.folio()) }
     }
 
+    /// Says that the contents are needed: reclaim frees a clean anonymous folio without writing it to swap.
+    pub(super) fn mark_dirty(&self) {
+        let folio = self.page.folio();
+        // SAFETY: The folio is valid by the invariants of `PageRef`, and locked.
+        unsafe {
+            if !bindings::ksm_rs_folio_test_dirty(folio) {
+                bindings::ksm_rs_folio_mark_dirty(folio);
+            }
+        }
+    }
+
     /// Replaces `folio->mapping`.
     ///
     /// # Safety

@@ -282,11 +282,8 @@ impl Vma<'_> {
         unsafe {
             page.set_mapping(bindings::FOLIO_MAPPING_KSM as usize);
             bindings::ksm_rs_folio_mark_accessed(folio);
-            // Reclaim frees a clean anonymous folio without writing it to swap.
-            if !bindings::ksm_rs_folio_test_dirty(folio) {
-                bindings::ksm_rs_folio_mark_dirty(folio);
-            }
         }
+        page.mark_dirty();
         KsmPage::new(page).ok_or(NotMerged::Gone)
     }
 
