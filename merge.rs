@@ -231,7 +231,7 @@ impl Engine {
                 self.settle_at_home(node_id, page.nid());
                 let _ = self.merge_with(id, node_id, &page);
             }
-            NodePage::Busy => {}
+            NodePage::Busy | NodePage::Bad => {}
             NodePage::Stale => self.retire(node_id),
         }
     }
@@ -259,6 +259,7 @@ impl Engine {
             let page = match node.try_page() {
                 NodePage::Live(page) => page,
                 NodePage::Busy => return Found::Done,
+                NodePage::Bad => continue,
                 NodePage::Stale => {
                     self.retire(node_id);
                     continue;

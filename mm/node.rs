@@ -119,6 +119,8 @@ pub(crate) enum NodePage {
     Live(KsmPage),
     /// Somebody holds the folio lock, perhaps to move the page; worth another try later.
     Busy,
+    /// Its memory has gone bad: nobody must be merged with it. It keeps its node until nobody maps it.
+    Bad,
     /// Freed, or no KSM page of this node any more: the node is to be emptied and dropped.
     Stale,
 }
@@ -229,6 +231,9 @@ impl StableNode {
                 return NodePage::Busy;
             };
             if let Some(page) = self.settle(&lock) {
+                if page.is_poisoned() {
+                    return NodePage::Bad;
+                }
                 return NodePage::Live(page);
             }
         }

@@ -23,7 +23,7 @@ pub(crate) fn hash_of_empty(key: &hash::Key) -> u64 {
 pub(crate) enum NotMerged {
     /// The mapping changed: the address space exits, the VMA or the page is another one now.
     Gone,
-    /// The folio is locked, pinned, or could not be split; worth another try on a later pass.
+    /// The folio is locked, pinned, bad, or could not be split; worth another try on a later pass.
     Busy,
     /// The contents differ.
     Different,
@@ -107,6 +107,12 @@ impl PageRef {
                 .wrapping_add(swap_cache);
             bindings::ksm_rs_folio_ref_count(folio) > expected
         }
+    }
+
+    /// Whether the memory has gone bad: reading it may bring the machine down.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        // SAFETY: The page is valid by the invariant.
+        unsafe { bindings::ksm_rs_page_hwpoison(self.page.as_ptr()) }
     }
 
     /// NUMA node of the page's memory.

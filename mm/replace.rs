@@ -257,7 +257,7 @@ impl Vma<'_> {
         if !anon || page.page().is_ksm() {
             return Err(NotMerged::Gone);
         }
-        if page.page().is_large() {
+        if page.page().is_large() || page.page().is_poisoned() {
             return Err(NotMerged::Busy);
         }
         Ok(())
@@ -298,6 +298,10 @@ impl Vma<'_> {
         kpage: &KsmPage,
     ) -> Result<(), NotMerged> {
         Self::check(page)?;
+        // It may have gone bad since it was looked up, for which nobody waits for us.
+        if kpage.is_poisoned() {
+            return Err(NotMerged::Busy);
+        }
         let _notified = Notified::start(self, address);
         let protected = self.protect(address, page)?;
         delay::at(Point::Protected);
