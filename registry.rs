@@ -23,6 +23,7 @@ use kernel::{
     sync::{
         atomic::{
             Atomic,
+            Full,
             Relaxed, //
         },
         SpinLock, //
@@ -129,7 +130,9 @@ impl Registry {
 
     /// Says whether the bell should ring when an address space enters.
     pub(crate) fn set_waiting(&self, waiting: bool) {
-        self.waiting.store(waiting, Relaxed);
+        // A full barrier, as in `look_again()`: of one who writes the one flag and then reads the other, and one who does it
+        // the other way round, one sees what the other has written.
+        self.waiting.xchg(waiting, Full);
     }
 
     /// Whether an address space was missed since the last call.
@@ -139,7 +142,7 @@ impl Registry {
 
     /// Has all tasks visited again: an address space may have been missed.
     pub(crate) fn look_again(&self) {
-        self.missed.store(true, Relaxed);
+        self.missed.xchg(true, Full);
         if self.waiting.load(Relaxed) {
             self.bell.ring();
         }
