@@ -159,8 +159,6 @@ impl kernel::Module for KsmRs {
         let notifier = Notifier::register(ksm.clone())?;
         let probes = Probes::register(registry.clone())?;
         tracepoints::visit_existing(&*registry);
-        // A process that was just being made is in no list of tasks yet.
-        registry.look_again();
 
         // From here on pages may be merged: every failure goes through `Drop`.
         let mut module = Self {

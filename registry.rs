@@ -48,6 +48,16 @@ struct Inner {
     closed: bool,
 }
 
+impl Inner {
+    /// Whether an address space is known already, or does not matter any more.
+    fn takes_no(&self, key: usize) -> bool {
+        self.closed
+            || self.fresh.get(&key).is_some()
+            || self.adopted.get(&key).is_some()
+            || self.dead.get(&key).is_some()
+    }
+}
+
 /// The registry of address spaces.
 #[pin_data]
 pub(crate) struct Registry {
@@ -157,23 +167,23 @@ impl Registry {
 impl Observer for Registry {
     fn enter(&self, space: AddressSpace) {
         let key = space.key();
+        if self.inner.lock().takes_no(key) {
+            return;
+        }
         // Allocated before the lock is taken, and atomically: we are in somebody else's context.
         let Ok(node) = RBTreeNode::new(key, Entry { space, slot: None }, GFP_NOWAIT) else {
             self.look_again();
             return;
         };
         let mut inner = self.inner.lock();
-        let known = inner.closed
-            || inner.fresh.get(&key).is_some()
-            || inner.adopted.get(&key).is_some()
-            || inner.dead.get(&key).is_some();
-        let surplus = if known {
-            Some(node)
-        } else {
-            inner.fresh.insert(node)
-        };
+        if inner.takes_no(key) {
+            drop(inner);
+            drop(node);
+            return;
+        }
+        let old = inner.fresh.insert(node);
         drop(inner);
-        drop(surplus);
+        drop(old);
         if self.waiting.load(Relaxed) {
             self.bell.ring();
         }
