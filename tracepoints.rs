@@ -163,7 +163,7 @@ unsafe extern "C" fn on_exec<T: Observer>(
     data: *mut ffi::c_void,
     task: *mut bindings::task_struct,
     _old_pid: ffi::c_int,
-    _program: *mut bindings::linux_binprm,
+    _program: *mut ffi::c_void,
 ) {
     // SAFETY: As this function's caller promises. The current task keeps its mm.
     unsafe { enter_mergeable::<T>(data, bindings::ksm_rs_task_user_mm(task)) };
