@@ -5,7 +5,7 @@
 //! There are places in the test build only (`make KSM_RS_DELAYS=1`); in any other [`at`] is nothing. Whoever writes
 //! `POINT MICROSECONDS THREADS` to the file `delays` makes so many threads that come to the place wait there for
 //! so long, or until `POINT 0 0` is written. The file tells of each place how many threads have waited
-//! there, and how many of them have gone on.
+//! there, how many of them have gone on, and when the last one came and went.
 
 #![forbid(unsafe_code)]
 
@@ -99,10 +99,14 @@ mod present {
         Point,
         PLACES, //
     };
-    use crate::parse;
+    use crate::{
+        kthread,
+        parse, //
+    };
     use kernel::{
         prelude::*,
         sync::atomic::{
+            Acquire,
             Atomic,
             Full,
             Relaxed, //
@@ -112,9 +116,7 @@ mod present {
                 fsleep,
                 udelay, //
             },
-            Delta,
-            Instant,
-            Monotonic, //
+            Delta, //
         }, //
     };
 
@@ -143,6 +145,8 @@ mod present {
         turn: Atomic<u32>,
         arrived: Atomic<u32>,
         left: Atomic<u32>,
+        came: Atomic<u64>,
+        went: Atomic<u64>,
     }
 
     impl Place {
@@ -155,6 +159,8 @@ mod present {
                 turn: Atomic::new(0),
                 arrived: Atomic::new(0),
                 left: Atomic::new(0),
+                came: Atomic::new(0),
+                went: Atomic::new(0),
             }
         }
 
@@ -164,15 +170,17 @@ mod present {
             }
             // Before anybody hears of it, who could end the turn.
             let turn = self.turn.load(Relaxed);
-            let most = i64::from(self.micros.load(Relaxed));
+            let most = u64::from(self.micros.load(Relaxed)) * 1000;
+            let start = kthread::now();
+            self.came.store(start, Relaxed);
             self.arrived.fetch_add(1, Full);
-            let start = Instant::<Monotonic>::now();
-            while self.turn.load(Relaxed) == turn && start.elapsed().as_micros_ceil() < most {
+            while self.turn.load(Relaxed) == turn && kthread::now().wrapping_sub(start) < most {
                 match self.wait {
                     Wait::Sleeping => fsleep(Delta::from_micros(200)),
                     Wait::Spinning => udelay(Delta::from_micros(10)),
                 }
             }
+            self.went.store(kthread::now(), Relaxed);
             self.left.fetch_add(1, Full);
         }
 
@@ -225,18 +233,38 @@ mod present {
         PLACES.len()
     }
 
-    /// Name of a place, how many have waited there, and how many of them have gone on.
-    pub(crate) fn row(at: usize) -> Option<(&'static CStr, u32, u32)> {
+    /// What the file shows of a place.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Row {
+        pub(crate) name: &'static CStr,
+        /// How many have waited there.
+        pub(crate) arrived: u32,
+        /// How many of them have gone on.
+        pub(crate) left: u32,
+        /// When the last one came, and when the last one went, by the monotonic clock.
+        pub(crate) came: u64,
+        pub(crate) went: u64,
+    }
+
+    /// The row of a place.
+    pub(crate) fn row(at: usize) -> Option<Row> {
         let place = PLACES.get(at)?;
-        let (left, arrived) = (place.left.load(Relaxed), place.arrived.load(Relaxed));
-        Some((place.name, arrived, left))
+        // Who has left has arrived before.
+        let left = place.left.load(Acquire);
+        Some(Row {
+            name: place.name,
+            arrived: place.arrived.load(Relaxed),
+            left,
+            came: place.came.load(Relaxed),
+            went: place.went.load(Relaxed),
+        })
     }
 
     /// Tells the log of the places where somebody has waited, as the file is about to go.
     pub(crate) fn report() {
-        for (name, arrived, left) in (0..rows()).filter_map(row) {
-            if arrived != 0 {
-                pr_info!("delay {name} {arrived} {left}\n");
+        for row in (0..rows()).filter_map(row) {
+            if row.arrived != 0 {
+                pr_info!("delay {} {} {}\n", row.name, row.arrived, row.left);
             }
         }
     }
