@@ -31,7 +31,7 @@ macro_rules! points {
         }
 
         #[cfg(ksm_rs_delays)]
-        static PLACES: &[present::Place] = &[
+        static PLACES: [present::Place; [$($name),+].len()] = [
             $(present::Place::new($name, present::Wait::$wait),)+
         ];
     };

@@ -396,15 +396,21 @@ unsafe extern "C" fn show<F: File>(
                     bindings::sysfs_emit(buffer, c"%s\n".as_char_ptr(), text.as_char_ptr())
                 }
                 #[cfg(ksm_rs_delays)]
-                Shown::Delays => (0..delay::rows()).filter_map(delay::row).fold(
-                    0,
-                    |length, (name, arrived, left)| {
-                        let format = c"%s %u %u\n".as_char_ptr();
-                        let name = name.as_char_ptr();
-                        length
-                            + bindings::sysfs_emit_at(buffer, length, format, name, arrived, left)
-                    },
-                ),
+                Shown::Delays => (0..delay::rows())
+                    .filter_map(delay::row)
+                    .fold(0, |at, row| {
+                        let (format, name) = (c"%s %u %u %llu %llu\n", row.name.as_char_ptr());
+                        at + bindings::sysfs_emit_at(
+                            buffer,
+                            at,
+                            format.as_char_ptr(),
+                            name,
+                            row.arrived,
+                            row.left,
+                            row.came,
+                            row.went,
+                        )
+                    }),
             }
         };
         isize::try_from(length).map_err(|_| EIO)
