@@ -54,6 +54,8 @@ points! {
     WriteProtected c"write_protected" Sleeping,
     /// A page has become a KSM page that belongs to no stable node yet; the engine's mutex is held.
     KsmMade c"ksm_made" Sleeping,
+    /// Two pages have become one KSM page that belongs to no stable node yet; the engine's mutex is held.
+    Unadopted c"unadopted" Sleeping,
     /// A KSM page was mapped at an address that is in no list yet; the engine's mutex is held.
     Mapped c"mapped" Sleeping,
     /// The frame of a stable node has been read; the engine's mutex is held.

@@ -436,6 +436,7 @@ impl Engine {
             }
         };
 
+        delay::at(Point::Unadopted);
         let hash = self.items.get(id).map(PageItem::hash).unwrap_or_default();
         self.detach(other);
         let lock = page.lock();
