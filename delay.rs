@@ -266,7 +266,13 @@ mod present {
     pub(crate) fn report() {
         for row in (0..rows()).filter_map(row) {
             if row.arrived != 0 {
-                pr_info!("delay {} {} {}\n", row.name, row.arrived, row.left);
+                let (came, went) = (row.came, row.went);
+                pr_info!(
+                    "delay {} {} {} {came} {went}\n",
+                    row.name,
+                    row.arrived,
+                    row.left
+                );
             }
         }
     }

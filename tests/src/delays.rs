@@ -107,6 +107,16 @@ impl<'a> Hits<'a> {
         Ok(())
     }
 
+    /// How often the windows were hit so far.
+    pub fn hits(&self) -> u32 {
+        self.hits.get()
+    }
+
+    /// How many windows were opened so far.
+    pub fn tried(&self) -> u32 {
+        self.tried.get()
+    }
+
     /// Counts a hit that the test has seen for itself.
     pub fn count(&self) {
         self.hits.set(self.hits.get() + 1);
