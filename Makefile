@@ -34,7 +34,7 @@ help:
 	@echo "make            build ksm_rs.ko against KDIR (default: the cached test kernel); KUNIT=1: with its KUnit tests"
 	@echo "make kernel     build the test kernel into the cache, once; DEBUG=1: KASAN and lockdep; ARCH=um: native"
 	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
-	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|selftests"
+	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|races|selftests"
 	@echo "make bench      measure against the kernel's own KSM, natively; SCENARIO=, ROUNDS=5; QUICK=1: two minutes, to see that it works"
 	@echo "make lint       check formatting, clippy, shellcheck, where unsafe code may stand, and the reference"
 	@echo "make selftests  run the kernel's own selftests without the module and with it, and compare"

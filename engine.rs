@@ -16,6 +16,10 @@ use crate::{
         Arena,
         Id, //
     },
+    delay::{
+        self,
+        Point, //
+    },
     hash,
     items::{
         ContentHash,
@@ -200,6 +204,7 @@ impl Engine {
             self.retire(node_id);
             return;
         };
+        delay::at(Point::Unlinking);
         let lock = page.lock();
         if let Some(item) = self.rmaps.get_mut(rmap).and_then(|rmap| rmap.item.as_mut()) {
             node.unlink(&lock, item);

@@ -145,6 +145,11 @@ bool ksm_rs_page_anon_exclusive(struct page *page)
 	return PageAnonExclusive(page);
 }
 
+bool ksm_rs_page_hwpoison(struct page *page)
+{
+	return PageHWPoison(page);
+}
+
 int ksm_rs_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page)
 {
 	return folio_try_share_anon_rmap_pte(folio, page);

@@ -130,6 +130,7 @@ int ksm_rs_pfn_to_nid(unsigned long pfn);
 void *ksm_rs_folio_mapping(struct folio *folio);
 void ksm_rs_folio_set_mapping(struct folio *folio, void *mapping);
 bool ksm_rs_page_anon_exclusive(struct page *page);
+bool ksm_rs_page_hwpoison(struct page *page);
 int ksm_rs_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page);
 int ksm_rs_split_huge_page(struct page *page);
 

@@ -11,6 +11,7 @@
 
 use crate::{
     btf::Btf,
+    delay::Point,
     knobs::Run,
     ksmd::Ksm,
     kthread::Thread,
@@ -32,6 +33,7 @@ use kernel::{
 mod advisor;
 mod arena;
 mod btf;
+mod delay;
 mod engine;
 mod forest;
 mod hash;
@@ -157,8 +159,6 @@ impl kernel::Module for KsmRs {
         let notifier = Notifier::register(ksm.clone())?;
         let probes = Probes::register(registry.clone())?;
         tracepoints::visit_existing(&*registry);
-        // A process that was just being made is in no list of tasks yet.
-        registry.look_again();
 
         // From here on pages may be merged: every failure goes through `Drop`.
         let mut module = Self {
@@ -189,6 +189,9 @@ impl Drop for KsmRs {
         // seen, until nothing is.
         self.thread = None;
         self.ksm.dismantle();
+        delay::at(Point::Dismantled);
+        #[cfg(ksm_rs_delays)]
+        delay::report();
         pr_info!("unloaded\n");
         // The fields go in order: the probes, the notifier, and with the last reference the stock KSM is given back.
     }

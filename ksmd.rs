@@ -9,6 +9,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    delay::{
+        self,
+        Point, //
+    },
     engine::{
         Engine,
         Policy, //
@@ -304,6 +308,7 @@ impl Ksm {
                 }
             }
             drop(guard);
+            delay::at(Point::Unmerging);
             if give_up {
                 result?;
                 if kernel::current!().signal_pending() {
@@ -333,6 +338,7 @@ impl Ksm {
             let Some(space) = self.registry.adopt(slot) else {
                 break;
             };
+            delay::at(Point::Adopting);
             trace::enter(space.key());
             slots.insert(slot, space);
         }
@@ -343,6 +349,7 @@ impl Ksm {
     fn bury_some(&self) {
         if let Some((key, slot)) = self.registry.next_dead() {
             if self.engine().engine.bury(slot, BATCH_PAGES) {
+                delay::at(Point::Burying);
                 self.registry.forget(key);
                 trace::exit(key);
             }
@@ -415,7 +422,9 @@ impl Ksm {
                     // Nobody else may spend it meanwhile.
                     state.turn.budget = state.turn.budget.saturating_sub(budget);
                     drop(guard);
+                    delay::at(Point::Gathered);
                     batch.read(&self.key);
+                    delay::at(Point::Read);
                     guard = self.engine();
                     let pages = guard.engine.end(batch, self.policy(), pause);
                     let left = budget.saturating_sub(pages);
@@ -529,6 +538,7 @@ impl Work for Ksm {
 impl Bystander for Ksm {
     fn hold_still(&self) {
         self.state.lock().offlining = true;
+        delay::at(Point::Offlining);
     }
 
     fn go_on(&self, offline: Option<OfflineRange>) {

@@ -93,6 +93,13 @@ pub(crate) fn cpu_time() -> u64 {
     unsafe { bindings::ksm_rs_cpu_time() }
 }
 
+/// The monotonic clock, in nanoseconds. Any context.
+#[cfg(ksm_rs_delays)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: May be called in any context but an NMI.
+    unsafe { bindings::ktime_get() as u64 }
+}
+
 /// Whether the current task should leave its work for the freezer.
 pub(crate) fn freezing() -> bool {
     // SAFETY: Concerns the current task only.

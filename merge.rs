@@ -9,6 +9,10 @@
 
 use crate::{
     arena::Id,
+    delay::{
+        self,
+        Point, //
+    },
     engine::{
         Engine,
         MergedRmap,
@@ -227,7 +231,7 @@ impl Engine {
                 self.settle_at_home(node_id, page.nid());
                 let _ = self.merge_with(id, node_id, &page);
             }
-            NodePage::Busy => {}
+            NodePage::Busy | NodePage::Bad => {}
             NodePage::Stale => self.retire(node_id),
         }
     }
@@ -255,6 +259,7 @@ impl Engine {
             let page = match node.try_page() {
                 NodePage::Live(page) => page,
                 NodePage::Busy => return Found::Done,
+                NodePage::Bad => continue,
                 NodePage::Stale => {
                     self.retire(node_id);
                     continue;
@@ -280,6 +285,7 @@ impl Engine {
             self.discard_rmap(rmap);
             return Err(why);
         }
+        delay::at(Point::Mapped);
         let lock = page.lock();
         let attached = self.attach(id, node_id, rmap, &lock);
         drop(lock);
@@ -335,6 +341,7 @@ impl Engine {
             }
             lock.split()?;
         }
+        delay::at(Point::Replacing);
         vma.replace(address, &lock, kpage)?;
         rmap.item.bind(&vma);
         Ok(())
@@ -402,7 +409,9 @@ impl Engine {
             return Err(NotMerged::Busy);
         };
 
+        delay::at(Point::Paired);
         let merged = self.make_ksm(id, &mut rmap).and_then(|page| {
+            delay::at(Point::KsmMade);
             match self.map_in_place(other, &page, &mut other_rmap) {
                 Ok(()) => Ok(page),
                 Err(why) => {
@@ -427,6 +436,7 @@ impl Engine {
             }
         };
 
+        delay::at(Point::Unadopted);
         let hash = self.items.get(id).map(PageItem::hash).unwrap_or_default();
         self.detach(other);
         let lock = page.lock();

@@ -23,6 +23,7 @@ use kernel::{
     sync::{
         atomic::{
             Atomic,
+            Full,
             Relaxed, //
         },
         SpinLock, //
@@ -45,6 +46,16 @@ struct Inner {
     dead: RBTree<usize, Entry>,
     /// Set once the engine takes no more: everything that enters is ignored.
     closed: bool,
+}
+
+impl Inner {
+    /// Whether an address space is known already, or does not matter any more.
+    fn takes_no(&self, key: usize) -> bool {
+        self.closed
+            || self.fresh.get(&key).is_some()
+            || self.adopted.get(&key).is_some()
+            || self.dead.get(&key).is_some()
+    }
 }
 
 /// The registry of address spaces.
@@ -129,7 +140,9 @@ impl Registry {
 
     /// Says whether the bell should ring when an address space enters.
     pub(crate) fn set_waiting(&self, waiting: bool) {
-        self.waiting.store(waiting, Relaxed);
+        // A full barrier, as in `look_again()`: of one who writes the one flag and then reads the other, and one who does it
+        // the other way round, one sees what the other has written.
+        self.waiting.xchg(waiting, Full);
     }
 
     /// Whether an address space was missed since the last call.
@@ -139,7 +152,7 @@ impl Registry {
 
     /// Has all tasks visited again: an address space may have been missed.
     pub(crate) fn look_again(&self) {
-        self.missed.store(true, Relaxed);
+        self.missed.xchg(true, Full);
         if self.waiting.load(Relaxed) {
             self.bell.ring();
         }
@@ -154,23 +167,23 @@ impl Registry {
 impl Observer for Registry {
     fn enter(&self, space: AddressSpace) {
         let key = space.key();
+        if self.inner.lock().takes_no(key) {
+            return;
+        }
         // Allocated before the lock is taken, and atomically: we are in somebody else's context.
         let Ok(node) = RBTreeNode::new(key, Entry { space, slot: None }, GFP_NOWAIT) else {
             self.look_again();
             return;
         };
         let mut inner = self.inner.lock();
-        let known = inner.closed
-            || inner.fresh.get(&key).is_some()
-            || inner.adopted.get(&key).is_some()
-            || inner.dead.get(&key).is_some();
-        let surplus = if known {
-            Some(node)
-        } else {
-            inner.fresh.insert(node)
-        };
+        if inner.takes_no(key) {
+            drop(inner);
+            drop(node);
+            return;
+        }
+        let old = inner.fresh.insert(node);
         drop(inner);
-        drop(surplus);
+        drop(old);
         if self.waiting.load(Relaxed) {
             self.bell.ring();
         }

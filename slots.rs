@@ -20,6 +20,8 @@ pub(crate) struct MmSlot {
     pub(crate) first: Id,
     /// The last round of unmerging that it has been through; 0 if none.
     pub(crate) unmerged: u32,
+    /// Tells it from all others that have the same number before or after it; never 0.
+    pub(crate) serial: u64,
 }
 
 /// The table of address spaces.
@@ -30,6 +32,8 @@ pub(crate) struct MmSlot {
 pub(crate) struct Slots {
     table: KVVec<Option<MmSlot>>,
     vacant: KVVec<SlotId>,
+    /// How many address spaces there have been.
+    serials: u64,
 }
 
 impl Slots {
@@ -38,6 +42,7 @@ impl Slots {
         Self {
             table: KVVec::new(),
             vacant: KVVec::new(),
+            serials: 0,
         }
     }
 
@@ -75,10 +80,12 @@ impl Slots {
         }
         if let Some(entry) = self.table.get_mut(slot as usize) {
             let first = Id::NIL;
+            self.serials = self.serials.wrapping_add(1);
             *entry = Some(MmSlot {
                 space,
                 first,
                 unmerged: 0,
+                serial: self.serials,
             });
             self.vacant.pop();
         }

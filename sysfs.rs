@@ -4,6 +4,10 @@
 //! `ksmd.rs`.
 
 use crate::{
+    delay::{
+        self,
+        Point, //
+    },
     knobs,
     ksmd::Ksm,
     mm::{
@@ -53,6 +57,9 @@ enum Shown {
     Unsigned(u64),
     Signed(i64),
     Text(&'static CStr),
+    /// The places of `delay.rs`, a line for each.
+    #[cfg(ksm_rs_delays)]
+    Delays,
 }
 
 impl From<bool> for Shown {
@@ -126,7 +133,11 @@ file!(
     RunFile,
     c"run",
     |ksm| ksm.knobs.run() as u32,
-    |ksm, text| ksm.set_run(knobs::run(text)?)
+    |ksm, text| {
+        let run = knobs::run(text)?;
+        delay::at(Point::Storing);
+        ksm.set_run(run)
+    }
 );
 file!(
     PagesToScan,
@@ -276,6 +287,20 @@ file!(AllocFailures, c"alloc_failures", |ksm| {
     ksm.stats.alloc_failures.get()
 });
 
+#[cfg(ksm_rs_delays)]
+file!(Delays, c"delays", |_| DelayRows, |_, text| delay::set(text));
+
+/// What the file `delays` shows.
+#[cfg(ksm_rs_delays)]
+struct DelayRows;
+
+#[cfg(ksm_rs_delays)]
+impl From<DelayRows> for Shown {
+    fn from(_: DelayRows) -> Self {
+        Self::Delays
+    }
+}
+
 /// A `kobj_attribute` in a static.
 #[repr(transparent)]
 struct Attribute(bindings::kobj_attribute);
@@ -343,6 +368,8 @@ files!(
     StableNodeDups,
     AllocFailures,
     ScanThreads,
+    #[cfg(ksm_rs_delays)]
+    Delays,
 );
 
 /// Reads a file.
@@ -368,6 +395,22 @@ unsafe extern "C" fn show<F: File>(
                 Shown::Text(text) => {
                     bindings::sysfs_emit(buffer, c"%s\n".as_char_ptr(), text.as_char_ptr())
                 }
+                #[cfg(ksm_rs_delays)]
+                Shown::Delays => (0..delay::rows())
+                    .filter_map(delay::row)
+                    .fold(0, |at, row| {
+                        let (format, name) = (c"%s %u %u %llu %llu\n", row.name.as_char_ptr());
+                        at + bindings::sysfs_emit_at(
+                            buffer,
+                            at,
+                            format.as_char_ptr(),
+                            name,
+                            row.arrived,
+                            row.left,
+                            row.came,
+                            row.went,
+                        )
+                    }),
             }
         };
         isize::try_from(length).map_err(|_| EIO)

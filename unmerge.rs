@@ -25,15 +25,18 @@ const STRETCH: usize = 16 * PAGE_TABLE_SPAN;
 pub(crate) struct Unmerging {
     /// The address space; those of the round that are left are looked for from here on, and round.
     slot: SlotId,
+    /// Which of those that have had this number: it may have exited since, and another one have come in its place.
+    serial: u64,
     address: usize,
     /// All pages are private again; items are being freed.
     unshared: bool,
 }
 
 impl Unmerging {
-    fn of(slot: SlotId) -> Self {
+    fn of(slot: SlotId, serial: u64) -> Self {
         Self {
             slot,
+            serial,
             address: 0,
             unshared: false,
         }
@@ -45,7 +48,7 @@ impl Engine {
     /// child of a process that is still merged is merged too.
     pub(crate) fn start_unmerging(&mut self) -> Unmerging {
         self.round = self.round.wrapping_add(1).max(1);
-        Unmerging::of(0)
+        Unmerging::of(0, 0)
     }
 
     /// Unmerges the next stretch of memory. `false`: all address spaces are done. Sleeps.
@@ -56,8 +59,9 @@ impl Engine {
         let Some(slot) = self.slots.next_of_round(at.slot, self.round) else {
             return Ok(false);
         };
-        if slot != at.slot {
-            *at = Unmerging::of(slot);
+        let serial = self.slots.get(slot).map_or(0, |slot| slot.serial);
+        if (slot, serial) != (at.slot, at.serial) {
+            *at = Unmerging::of(slot, serial);
         }
         if !at.unshared {
             match self.unshare_stretch(slot, at.address)? {
@@ -75,7 +79,7 @@ impl Engine {
         if let Some(slot) = self.slots.get_mut(at.slot) {
             slot.unmerged = self.round;
         }
-        *at = Unmerging::of(at.slot.saturating_add(1));
+        *at = Unmerging::of(at.slot.saturating_add(1), 0);
     }
 
     /// Makes pages from `address` on private again; returns the address to go on from.

@@ -22,6 +22,10 @@ use super::{
 };
 use crate::{
     arena::Id,
+    delay::{
+        self,
+        Point, //
+    },
     layout::{
         Wanted,
         WantedSize, //
@@ -115,6 +119,8 @@ pub(crate) enum NodePage {
     Live(KsmPage),
     /// Somebody holds the folio lock, perhaps to move the page; worth another try later.
     Busy,
+    /// Its memory has gone bad: nobody must be merged with it. It keeps its node until nobody maps it.
+    Bad,
     /// Freed, or no KSM page of this node any more: the node is to be emptied and dropped.
     Stale,
 }
@@ -220,10 +226,14 @@ impl StableNode {
             let Some(page) = self.find() else {
                 return NodePage::Stale;
             };
+            delay::at(Point::NodeFound);
             let Some(lock) = page.try_lock() else {
                 return NodePage::Busy;
             };
             if let Some(page) = self.settle(&lock) {
+                if page.is_poisoned() {
+                    return NodePage::Bad;
+                }
                 return NodePage::Live(page);
             }
         }
@@ -245,6 +255,7 @@ impl StableNode {
     fn find(&mut self) -> Option<PageRef> {
         loop {
             let pfn = self.pfn();
+            delay::at(Point::FrameRead);
             // SAFETY: The frame belonged to our page, so it has a `struct page`: no node is looked at while memory
             // goes offline, and those of frames that are gone are dropped before the next look (`hotplug.rs`).
             // Taking a reference by `folio_try_get()` is safe on any frame.
@@ -298,6 +309,7 @@ impl StableNode {
         if !self.stands_for(page.page()) || page.is_mapped() {
             return false;
         }
+        delay::at(Point::Releasing);
         // SAFETY: A KSM folio without a node is what the core knows from the moments before `adopt()`.
         unsafe { page.set_mapping(MAPPING_KSM) };
         // INVARIANT: The one folio that pointed at the node does so no more.
@@ -327,7 +339,7 @@ impl StableNode {
         gone
     }
 
-    /// Adds a mapping to the list, under the lock of the node's page.
+    /// Adds a mapping to the list, under the lock of the node's page, which must be there already.
     pub(crate) fn link(&mut self, page: &PageLock<'_>, item: &mut RmapItem) -> Result<(), ()> {
         if !self.stands_for(page.page()) || item.linked || !item.bound {
             return Err(());
@@ -343,6 +355,9 @@ impl StableNode {
             (*node).pprev = &raw mut (*head).first;
             (*head).first = node;
         }
+        // As long as it was mapped once only, its process may have said by `MADV_FREE` that it needs it no more; from here
+        // on there is another mapping, which keeps `MADV_FREE` from it.
+        page.mark_dirty();
         // INVARIANT: One more item is in the list.
         self.items = self.items.saturating_add(1);
         item.linked = true;

@@ -23,7 +23,7 @@ pub(crate) fn hash_of_empty(key: &hash::Key) -> u64 {
 pub(crate) enum NotMerged {
     /// The mapping changed: the address space exits, the VMA or the page is another one now.
     Gone,
-    /// The folio is locked, pinned, or could not be split; worth another try on a later pass.
+    /// The folio is locked, pinned, bad, or could not be split; worth another try on a later pass.
     Busy,
     /// The contents differ.
     Different,
@@ -107,6 +107,12 @@ impl PageRef {
                 .wrapping_add(swap_cache);
             bindings::ksm_rs_folio_ref_count(folio) > expected
         }
+    }
+
+    /// Whether the memory has gone bad: reading it may bring the machine down.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        // SAFETY: The page is valid by the invariant.
+        unsafe { bindings::ksm_rs_page_hwpoison(self.page.as_ptr()) }
     }
 
     /// NUMA node of the page's memory.
@@ -248,6 +254,17 @@ impl PageLock<'_> {
     pub(crate) fn is_mapped(&self) -> bool {
         // SAFETY: The folio is valid by the invariants of `PageRef`.
         unsafe { bindings::ksm_rs_folio_mapped(self.page.folio()) }
+    }
+
+    /// Says that the contents are needed: reclaim frees a clean anonymous folio without writing it to swap.
+    pub(super) fn mark_dirty(&self) {
+        let folio = self.page.folio();
+        // SAFETY: The folio is valid by the invariants of `PageRef`, and locked.
+        unsafe {
+            if !bindings::ksm_rs_folio_test_dirty(folio) {
+                bindings::ksm_rs_folio_mark_dirty(folio);
+            }
+        }
     }
 
     /// Replaces `folio->mapping`.

@@ -12,6 +12,10 @@ use super::{
     },
     space::Vma, //
 };
+use crate::delay::{
+    self,
+    Point, //
+};
 
 /// The announcement to secondary MMUs (KVM) that one page's mapping is about to change.
 ///
@@ -253,7 +257,7 @@ impl Vma<'_> {
         if !anon || page.page().is_ksm() {
             return Err(NotMerged::Gone);
         }
-        if page.page().is_large() {
+        if page.page().is_large() || page.page().is_poisoned() {
             return Err(NotMerged::Busy);
         }
         Ok(())
@@ -271,17 +275,15 @@ impl Vma<'_> {
         Self::check(page)?;
         let _notified = Notified::start(self, address);
         drop(self.protect(address, page)?);
+        delay::at(Point::WriteProtected);
         let folio = page.page().folio();
         // SAFETY: The folio is anonymous, small, locked, and every mapping of it is write-protected: what the
         // core expects of a KSM folio. A null node says that its mappings are not known yet.
         unsafe {
             page.set_mapping(bindings::FOLIO_MAPPING_KSM as usize);
             bindings::ksm_rs_folio_mark_accessed(folio);
-            // Reclaim frees a clean anonymous folio without writing it to swap.
-            if !bindings::ksm_rs_folio_test_dirty(folio) {
-                bindings::ksm_rs_folio_mark_dirty(folio);
-            }
         }
+        page.mark_dirty();
         KsmPage::new(page).ok_or(NotMerged::Gone)
     }
 
@@ -296,13 +298,19 @@ impl Vma<'_> {
         kpage: &KsmPage,
     ) -> Result<(), NotMerged> {
         Self::check(page)?;
+        // It may have gone bad since it was looked up, for which nobody waits for us.
+        if kpage.is_poisoned() {
+            return Err(NotMerged::Busy);
+        }
         let _notified = Notified::start(self, address);
         let protected = self.protect(address, page)?;
+        delay::at(Point::Protected);
         // Under the spinlock, so that the entry is emptied and flushed once and not twice: other CPUs, and guests that
         // the memory belongs to, pay for a flush too.
         if !page.page().same_contents(kpage) {
             return Err(NotMerged::Different);
         }
+        delay::at(Point::Compared);
         // SAFETY: The contents are equal, and nobody can change them. The KSM page gets the reference and the mapcount
         // of its new mapping before it is mapped.
         unsafe {

@@ -6,6 +6,10 @@ use super::{
     bindings,
     space::Vma, //
 };
+use crate::delay::{
+    self,
+    Point, //
+};
 use kernel::{
     page::PAGE_SIZE,
     prelude::*, //
@@ -21,6 +25,7 @@ impl Vma<'_> {
         while let Some(at) = self.next_ksm_page(address, to) {
             // The fault may back out without having done anything, so the same address is looked at again.
             address = at;
+            delay::at(Point::Unsharing);
             // SAFETY: The mmap lock is held for reading and `at` lies in the VMA.
             let fault = unsafe { bindings::ksm_rs_unshare(self.as_ptr(), at) };
             if fault & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {

@@ -94,6 +94,10 @@ enum Command {
         addr: usize,
         bytes: Vec<u8>,
     },
+    WriteTimed {
+        addr: usize,
+        bytes: Vec<u8>,
+    },
     Read {
         addr: usize,
         len: usize,
@@ -145,8 +149,43 @@ enum Reply {
     Checksums(Vec<u64>),
     Addresses(Vec<usize>),
     Bytes(Vec<u8>),
+    Span(Span),
     BusError(Option<BusError>),
     Errno(i32),
+}
+
+/// When something began and when it was over, by the monotonic clock, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Its beginning.
+    pub from: u64,
+    /// Its end.
+    pub to: u64,
+}
+
+impl Span {
+    /// The span of what a function does.
+    pub fn of(work: impl FnOnce()) -> Self {
+        let from = now();
+        work();
+        Self { from, to: now() }
+    }
+
+    /// Whether both were going on at the same time.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.from < other.to && other.from < self.to
+    }
+}
+
+/// The monotonic clock.
+fn now() -> u64 {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: The structure is what the call expects.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// A SIGBUS that a helper caught.
@@ -375,6 +414,58 @@ impl Child {
             addr,
             bytes: bytes.to_vec(),
         })
+    }
+
+    /// Starts writing bytes; [`Child::finish_timed`] waits for it.
+    pub fn begin_write(&mut self, addr: usize, bytes: &[u8]) -> Result<()> {
+        self.begin(&Command::WriteTimed {
+            addr,
+            bytes: bytes.to_vec(),
+        })
+    }
+
+    /// Waits until the bytes are written; says when that was.
+    pub fn finish_timed(&mut self) -> Result<Span> {
+        match self.finish()? {
+            Reply::Span(span) => Ok(span),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Starts unmapping memory; [`Child::finish_done`] waits for it.
+    pub fn begin_munmap(&mut self, region: Region) -> Result<()> {
+        self.begin(&Command::Munmap(region))
+    }
+
+    /// Starts `madvise`; [`Child::finish_done`] waits for it.
+    pub fn begin_advise(&mut self, region: Region, advice: i32) -> Result<()> {
+        self.begin(&Command::Advise(region, advice))
+    }
+
+    /// Starts `mremap` to an address; [`Child::finish_remap`] waits for it.
+    pub fn begin_remap(&mut self, region: Region, flags: i32, to: usize) -> Result<()> {
+        self.begin(&Command::Remap {
+            region,
+            pages: region.pages,
+            flags,
+            to,
+        })
+    }
+
+    /// Waits for the end of what was started.
+    pub fn finish_done(&mut self) -> Result<()> {
+        match self.finish()? {
+            Reply::Done => Ok(()),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Waits until memory has moved; says where to.
+    pub fn finish_remap(&mut self) -> Result<Region> {
+        match self.finish()? {
+            Reply::Region(region) => Ok(region),
+            other => bail!("unexpected answer {other:?}"),
+        }
     }
 
     /// Reads bytes.
@@ -754,6 +845,9 @@ fn execute(command: Command) -> Result<Reply, Errno> {
             Command::Differing(pages) => return Ok(Reply::Addresses(memory::differing(&pages))),
             Command::Checksums(region) => return Ok(Reply::Checksums(memory::checksums(region))),
             Command::Write { addr, bytes } => memory::write(addr, &bytes),
+            Command::WriteTimed { addr, bytes } => {
+                return Ok(Reply::Span(Span::of(|| memory::write(addr, &bytes))));
+            }
             Command::Read { addr, len } => return Ok(Reply::Bytes(memory::read(addr, len))),
             Command::Advise(region, advice) => memory::advise(region, advice)?,
             Command::Protect(region, prot) => memory::protect(region, prot)?,

@@ -7,6 +7,7 @@
 //! Every test runs in a process of its own with a time limit ([`runner`]).
 
 pub mod child;
+pub mod delays;
 pub mod doctor;
 pub mod freezer;
 pub mod hotplug;

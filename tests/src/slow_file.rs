@@ -217,7 +217,7 @@ fn serve(mut device: File, mut control: UnixStream) -> Result<()> {
                     .u64(SIZE / 512)
                     .zeroes(36);
                 let attributes = attributes
-                    .u32(libc::S_IFREG | 0o600)
+                    .u32(libc::S_IFREG | 0o700)
                     .u32(1)
                     .zeroes(12)
                     .u32(4096)

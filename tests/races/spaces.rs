@@ -1,0 +1,397 @@
+//! Whatever an address space goes through, against merging in it and against what is known of it.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use ksm_e2e::Child;
+use ksm_e2e::Ksm;
+use ksm_e2e::delays::Hits;
+use ksm_e2e::delays::rounds;
+use ksm_e2e::ksm::Counters;
+use ksm_e2e::ksm::MERGE;
+use ksm_e2e::memory::Mapping;
+use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
+
+use crate::stage::CONTENT;
+use crate::stage::OTHER;
+use crate::stage::Witnesses;
+use crate::stage::advise;
+use crate::stage::newcomer;
+use crate::stage::scan_briskly;
+
+ksm_e2e::tests![
+    exit_against_a_batch,
+    exit_against_a_merge,
+    exit_against_make_ksm,
+    exit_against_adoption,
+    exit_against_burial,
+    munmap_against_a_merge,
+    mremap_against_a_merge,
+    mremap_against_make_ksm,
+    fork_against_a_merge,
+    fork_against_unmerge,
+    prctl_against_a_merge,
+];
+
+/// How long something is watched that must wait.
+const SHORTLY: Duration = Duration::from_millis(5);
+
+fn exit_against_a_batch(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    scan_briskly(ksm)?;
+    ksm.start()?;
+    for round in 0..rounds() {
+        let place = ["gathered", "read"][round as usize % 2];
+        let (mut one, here) = newcomer(CONTENT)?;
+        let (mut other, there) = newcomer(CONTENT)?;
+        let window = hits.hold(place)?;
+        advise(&mut one, here)?;
+        advise(&mut other, there)?;
+        window.wait()?;
+        // It is the batch of one of the two.
+        one.kill()?;
+        other.kill()?;
+        // A new one may get the number of one of them, and its place in memory.
+        let (mut new, region) = newcomer(CONTENT)?;
+        advise(&mut new, region)?;
+        window.hit()?;
+        ksm.scan_until(Counters::merged(0, 0).and_unshared(1))?;
+        new.verify(region, CONTENT)?;
+        new.kill()?;
+        ksm.scan_until(Counters::merged(0, 0))?;
+    }
+    hits.expect(rounds())
+}
+
+fn exit_against_a_merge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut witnesses = Witnesses::begin(ksm)?;
+    for round in 0..rounds() {
+        let place = ["node_found", "replacing", "mapped"][round as usize % 3];
+        let (mut victim, region) = newcomer(CONTENT)?;
+        let window = hits.hold(place)?;
+        advise(&mut victim, region)?;
+        window.wait()?;
+        victim.kill()?;
+        window.hit()?;
+        ksm.scan_until(Counters::merged(1, 1))?;
+        witnesses.verify()?;
+    }
+    hits.expect(rounds())?;
+    witnesses.end(ksm)
+}
+
+fn exit_against_make_ksm(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let witnesses = Witnesses::begin(ksm)?;
+    for round in 0..rounds() {
+        let place = [
+            "paired",
+            "write_protected",
+            "ksm_made",
+            "replacing",
+            "unadopted",
+        ][round as usize % 5];
+        let (mut one, here) = newcomer(OTHER)?;
+        let (mut other, there) = newcomer(OTHER)?;
+        let window = hits.hold(place)?;
+        advise(&mut one, here)?;
+        advise(&mut other, there)?;
+        window.wait()?;
+        // One of them or both.
+        let (one, other) = match round / 5 % 3 {
+            0 => {
+                one.kill()?;
+                (None, Some(other))
+            }
+            1 => {
+                other.kill()?;
+                (Some(one), None)
+            }
+            _ => {
+                one.kill()?;
+                other.kill()?;
+                (None, None)
+            }
+        };
+        window.hit()?;
+        let left = u64::from(one.is_some() || other.is_some());
+        // The one that is left may keep a KSM page that it has for itself.
+        wait::until_or_explain("what is known of the dead is forgotten", PATIENCE, || {
+            let seen = ksm.counters()?;
+            let alone = [
+                Counters::merged(1, 1).and_unshared(left),
+                Counters::merged(1 + left, 1),
+            ];
+            Ok((!alone.contains(&seen)).then(|| seen.to_string()))
+        })?;
+        for (child, region) in [(one, here), (other, there)] {
+            if let Some(mut child) = child {
+                child.verify(region, OTHER)?;
+                child.kill()?;
+            }
+        }
+        ksm.scan_until(Counters::merged(1, 1))?;
+    }
+    hits.expect(rounds())?;
+    witnesses.end(ksm)
+}
+
+fn exit_against_adoption(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let witnesses = Witnesses::begin(ksm)?;
+    for _ in 0..rounds() {
+        let (mut brief, region) = newcomer(CONTENT)?;
+        let (mut lasting, there) = newcomer(CONTENT)?;
+        let window = hits.hold("adopting")?;
+        advise(&mut brief, region)?;
+        window.wait()?;
+        brief.kill()?;
+        advise(&mut lasting, there)?;
+        window.hit()?;
+        ksm.scan_until(Counters::merged(1, 2))?;
+        lasting.verify(there, CONTENT)?;
+        lasting.kill()?;
+        ksm.scan_until(Counters::merged(1, 1))?;
+    }
+    hits.expect(rounds())?;
+    witnesses.end(ksm)
+}
+
+fn exit_against_burial(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut witnesses = Witnesses::begin(ksm)?;
+    for _ in 0..rounds() {
+        let (mut dead, region) = newcomer(CONTENT)?;
+        advise(&mut dead, region)?;
+        ksm.scan_until(Counters::merged(1, 2))?;
+        let window = hits.hold("burying")?;
+        dead.kill()?;
+        window.wait()?;
+        // It has no number any more, but is still known: another one comes, and one that comes exits.
+        let (mut brief, here) = newcomer(CONTENT)?;
+        advise(&mut brief, here)?;
+        let (mut lasting, there) = newcomer(CONTENT)?;
+        advise(&mut lasting, there)?;
+        brief.kill()?;
+        window.hit()?;
+        ksm.scan_until(Counters::merged(1, 2))?;
+        witnesses.share_with(&mut [(&mut lasting, there)])?;
+        lasting.kill()?;
+        ksm.scan_until(Counters::merged(1, 1))?;
+    }
+    hits.expect(rounds())?;
+    witnesses.end(ksm)
+}
+
+fn munmap_against_a_merge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut witnesses = Witnesses::begin(ksm)?;
+    let mut child = Child::spawn()?;
+    for round in 0..rounds() {
+        let place = ["replacing", "mapped", "node_found"][round as usize % 3];
+        let region = child.map(Mapping::pages(1))?;
+        child.fill(region, CONTENT)?;
+        let window = hits.hold(place)?;
+        advise(&mut child, region)?;
+        window.wait()?;
+        child.begin_munmap(region)?;
+        if place == "replacing" {
+            wait::while_holds(SHORTLY, || {
+                ensure!(
+                    !child.answered()?,
+                    "memory was unmapped while it was merged"
+                );
+                Ok(())
+            })?;
+            window.hit()?;
+            child.finish_done()?;
+        } else {
+            child.finish_done()?;
+            window.hit()?;
+        }
+        ksm.scan_until(Counters::merged(1, 1))?;
+        witnesses.verify()?;
+    }
+    hits.expect(rounds())?;
+    drop(child);
+    witnesses.end(ksm)
+}
+
+const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+
+fn mremap_against_a_merge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut witnesses = Witnesses::begin(ksm)?;
+    let mut child = Child::spawn()?;
+    for round in 0..rounds() {
+        let place = ["replacing", "mapped", "node_found"][round as usize % 3];
+        let region = child.map(Mapping::pages(1))?;
+        child.fill(region, CONTENT)?;
+        let to = child.map(Mapping::pages(1))?;
+        let window = hits.hold(place)?;
+        advise(&mut child, region)?;
+        window.wait()?;
+        child.begin_remap(region, MOVE, to.addr)?;
+        let moved = if place == "replacing" {
+            wait::while_holds(SHORTLY, || {
+                ensure!(!child.answered()?, "memory was moved while it was merged");
+                Ok(())
+            })?;
+            window.hit()?;
+            child.finish_remap()?
+        } else {
+            let moved = child.finish_remap()?;
+            window.hit()?;
+            moved
+        };
+        child.verify(moved, CONTENT)?;
+        ksm.scan_until(Counters::merged(1, 2))?;
+        witnesses.share_with(&mut [(&mut child, moved)])?;
+        child.munmap(moved)?;
+        ksm.scan_until(Counters::merged(1, 1))?;
+    }
+    hits.expect(rounds())?;
+    drop(child);
+    witnesses.end(ksm)
+}
+
+fn mremap_against_make_ksm(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let witnesses = Witnesses::begin(ksm)?;
+    let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
+    for round in 0..rounds() {
+        let place = ["ksm_made", "unadopted", "paired"][round as usize % 3];
+        let mut moves = Vec::new();
+        for child in [&mut one, &mut other] {
+            let region = child.map(Mapping::pages(1))?;
+            child.fill(region, OTHER)?;
+            moves.push((region, child.map(Mapping::pages(1))?));
+        }
+        let window = hits.hold(place)?;
+        for (child, (region, _)) in [&mut one, &mut other].into_iter().zip(&moves) {
+            advise(child, *region)?;
+        }
+        window.wait()?;
+        for (child, (region, to)) in [&mut one, &mut other].into_iter().zip(&moves) {
+            child.remap(*region, 1, MOVE, to.addr)?;
+        }
+        window.hit()?;
+        for (child, (_, to)) in [&mut one, &mut other].into_iter().zip(&moves) {
+            child
+                .verify(*to, OTHER)
+                .with_context(|| format!("moved at {place}"))?;
+        }
+        ksm.scan_until(Counters::merged(2, 2))?;
+        for (child, (_, to)) in [&mut one, &mut other].into_iter().zip(&moves) {
+            child.verify(*to, OTHER)?;
+            child.munmap(*to)?;
+        }
+        ksm.scan_until(Counters::merged(1, 1))?;
+    }
+    hits.expect(rounds())?;
+    drop((one, other));
+    witnesses.end(ksm)
+}
+
+fn fork_against_a_merge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut witnesses = Witnesses::begin(ksm)?;
+    for round in 0..rounds() {
+        let place = ["node_found", "mapped"][round as usize % 2];
+        let (mut parent, region) = newcomer(CONTENT)?;
+        let window = hits.hold(place)?;
+        advise(&mut parent, region)?;
+        window.wait()?;
+        let mut child = parent.fork()?;
+        window.hit()?;
+        child.verify(region, CONTENT)?;
+        if round % 4 < 2 {
+            parent.write(region.addr, b"!")?;
+            child.verify(region, CONTENT)?;
+            parent.fill(region, CONTENT)?;
+        }
+        ksm.scan_until(Counters::merged(1, 3))?;
+        witnesses.share_with(&mut [(&mut parent, region), (&mut child, region)])?;
+        drop((child, parent));
+        ksm.scan_until(Counters::merged(1, 1))?;
+    }
+    hits.expect(rounds())?;
+    witnesses.end(ksm)
+}
+
+/// Of two processes that share a page, one is unmerged already. It exits, and what comes in its place is a child of the
+/// other one, which is still merged.
+fn fork_against_unmerge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    scan_briskly(ksm)?;
+    let mut writer = Child::spawn()?;
+    for _ in 0..rounds() {
+        let (mut one, here) = newcomer(CONTENT)?;
+        let (mut other, there) = newcomer(CONTENT)?;
+        advise(&mut one, here)?;
+        advise(&mut other, there)?;
+        ksm.start()?;
+        ksm.scan_until(Counters::merged(1, 1))?;
+        let window = hits.hold("unmerging")?;
+        writer.begin_write_file(ksm.dir().join("run"), "2")?;
+        window.wait()?;
+        let (done, mut left, region) = match (one.ksm_pages(here)?, other.ksm_pages(there)?) {
+            (0, 1) => (one, other, there),
+            (1, 0) => (other, one, here),
+            counts => anyhow::bail!("after the first step {counts:?} pages are merged"),
+        };
+        done.kill()?;
+        wait::until("the dead process is buried", PATIENCE, || {
+            Ok(ksm.read("pages_sharing")? == 0)
+        })?;
+        let mut child = left.fork()?;
+        window.hit()?;
+        writer.finish_write()??;
+        for process in [&mut left, &mut child] {
+            ensure!(
+                process.ksm_pages(region)? == 0,
+                "a process that came while everything was unmerged is still merged"
+            );
+            process.verify(region, CONTENT)?;
+        }
+        ksm.expect(Counters::merged(0, 0))?;
+        ensure!(ksm.read("run")? != MERGE, "scanning goes on");
+        drop((child, left));
+    }
+    hits.expect(rounds())
+}
+
+fn prctl_against_a_merge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut witnesses = Witnesses::begin(ksm)?;
+    for round in 0..rounds() {
+        let place = ["node_found", "mapped"][round as usize % 2];
+        let (mut child, region) = newcomer(OTHER)?;
+        // It has nothing but this page that is equal to the witnesses'; what else it has may merge with itself.
+        child.prctl(libc::PR_SET_MEMORY_MERGE, 1)?;
+        let window = hits.hold(place)?;
+        child.fill(region, CONTENT)?;
+        window.wait()?;
+        child.prctl(libc::PR_SET_MEMORY_MERGE, 0)?;
+        ensure!(
+            child.ksm_pages(region)? == 0,
+            "a page is merged though the process has left, at {place}"
+        );
+        if round % 4 < 2 {
+            window.hit()?;
+            child.verify(region, CONTENT)?;
+            drop(child);
+        } else {
+            child.kill()?;
+            window.hit()?;
+        }
+        ksm.scan_until(Counters::merged(1, 1))?;
+        witnesses.verify()?;
+    }
+    hits.expect(rounds())?;
+    witnesses.end(ksm)
+}
