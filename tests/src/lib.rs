@@ -9,8 +9,10 @@
 pub mod child;
 pub mod doctor;
 pub mod freezer;
+pub mod hash_key;
 pub mod hotplug;
 pub mod kmsg;
+pub mod kprobe;
 pub mod ksm;
 pub mod ksm_events;
 pub mod memory;
