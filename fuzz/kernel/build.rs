@@ -6,9 +6,10 @@ use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
 
-/// Headers that `lib/kstrtox.c` includes and that `c/shim.h` stands for.
-const SHIMMED: [&str; 9] = [
-    "compiler", "errno", "export", "kstrtox", "limits", "math64", "overflow", "types", "uaccess",
+/// Headers that `lib/kstrtox.c` includes and that `c/shim.h` stands for. Programs have `linux/errno.h` and
+/// `linux/types.h`, too.
+const SHIMMED: [&str; 6] = [
+    "compiler", "export", "kstrtox", "math64", "overflow", "uaccess",
 ];
 
 /// Headers that are taken as they are.
@@ -44,9 +45,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         out.join("sysfs_streq.c"),
         format!("#include \"shim.h\"\n{streq}"),
     )?;
-    read("lib/kstrtox.c")?;
-    read("lib/kstrtox.h")?;
+    for file in ["lib/ctype.c", "lib/kstrtox.c", "lib/kstrtox.h"] {
+        read(file)?;
+    }
     cc::Build::new()
+        .file(source.join("lib/ctype.c"))
         .file(source.join("lib/kstrtox.c"))
         .file(out.join("sysfs_streq.c"))
         .include(out.join("include"))

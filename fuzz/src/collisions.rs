@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use crate::hash::hash_words;
+use crate::hash::hash_zeroes;
 use crate::hash::Key;
 
 const WORDS: usize = 512;
@@ -29,6 +30,11 @@ fn flat(word: u64) -> [u64; WORDS] {
 }
 
 proptest! {
+    #[test]
+    fn empty_pages_are_known_by_their_hash(seed in any::<u64>()) {
+        prop_assert_eq!(hash_zeroes::<WORDS>(&Key::new(seed)), hash(seed, &flat(0)));
+    }
+
     #[test]
     fn a_known_key_makes_any_number_of_pages_collide(
         seed in any::<u64>(),

@@ -1,6 +1,6 @@
 //! Cuts type information down to some structures and what they consist of; pointers lead nowhere then.
 //!
-//!     objcopy -O binary --only-section=.BTF --set-section-flags .BTF=alloc vmlinux vmlinux.btf
+//!     objcopy --dump-section .BTF=vmlinux.btf vmlinux /dev/null
 //!     btf-excerpt vmlinux.btf EXCERPT ksm_stable_node ksm_rmap_item
 
 use std::collections::HashMap;
