@@ -2,9 +2,9 @@
 # The project's commands; the kernel's build reads Kbuild instead. `make help` lists them.
 
 # Picked up by the scripts, from the command line or the environment.
-export KDIR KERNEL DEBUG ARCH KUNIT TEST PART SCENARIO ROUNDS QUICK
+export KDIR KERNEL DEBUG ARCH KUNIT TEST PART SCENARIO ROUNDS QUICK CASES MUTANTS
 
-.PHONY: all kernel demo test bench lint selftests clean help
+.PHONY: all kernel demo test fuzz bench lint selftests clean help
 
 all:
 	+@scripts/build >/dev/null
@@ -18,6 +18,9 @@ demo:
 test:
 	@scripts/test
 
+fuzz:
+	@scripts/fuzz
+
 bench:
 	@scripts/bench
 
@@ -28,13 +31,14 @@ selftests:
 	@scripts/selftests
 
 clean:
-	rm -rf build ksm_rs.ko tests/target bench/target
+	rm -rf build ksm_rs.ko tests/target bench/target fuzz/target
 
 help:
 	@echo "make            build ksm_rs.ko against KDIR (default: the cached test kernel); KUNIT=1: with its KUnit tests"
 	@echo "make kernel     build the test kernel into the cache, once; DEBUG=1: KASAN and lockdep; ARCH=um: native"
 	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
 	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|races|selftests"
+	@echo "make fuzz       try what the module parses with random input, on the host; CASES=4096; MUTANTS=1: that it finds what is broken"
 	@echo "make bench      measure against the kernel's own KSM, natively; SCENARIO=, ROUNDS=5; QUICK=1: two minutes, to see that it works"
 	@echo "make lint       check formatting, clippy, shellcheck, where unsafe code may stand, and the reference"
 	@echo "make selftests  run the kernel's own selftests without the module and with it, and compare"

@@ -220,7 +220,8 @@ impl Engine {
         drop(lock);
         drop(page);
         self.forget_rmap(rmap);
-        self.stable.set_full(node_id, full);
+        // Nobody should join one that is about to lose its page, or even see it.
+        self.stable.set_full(node_id, full || empty);
         if unused {
             self.drop_node(node_id);
         } else if empty && self.orphans.push(node_id, GFP_KERNEL).is_err() {
@@ -376,14 +377,17 @@ impl Engine {
     /// Drops stable nodes without mappings whose pages are gone by now. Sleeps.
     pub(crate) fn sweep_orphans(&mut self) {
         if core::mem::take(&mut self.orphan_missed) {
+            // All of them are found again.
+            self.orphans.clear();
             let mut at = self.stable.first();
             while let Some(id) = at {
                 at = self.stable.next(id);
                 let empty = self.stable.node(id).is_some_and(|node| node.sharers() == 0);
-                if empty && !self.drop_if_unused(id) && !self.orphans.contains(&id) {
+                if empty && !self.drop_if_unused(id) {
                     self.orphan_missed |= self.orphans.push(id, GFP_KERNEL).is_err();
                 }
             }
+            return;
         }
         let mut orphans = core::mem::replace(&mut self.orphans, KVVec::new());
         orphans.retain(|id| {

@@ -174,6 +174,11 @@ unsigned long ksm_rs_linear_page_index(struct vm_area_struct *vma, unsigned long
 	return linear_anon_page_index(vma, addr);
 }
 
+unsigned long ksm_rs_mm_anon_pages(struct mm_struct *mm)
+{
+	return get_mm_counter_sum(mm, MM_ANONPAGES);
+}
+
 bool ksm_rs_mm_mergeable(struct mm_struct *mm)
 {
 	return mm_flags_test(MMF_VM_MERGEABLE, mm);

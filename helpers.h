@@ -138,6 +138,7 @@ int ksm_rs_split_huge_page(struct page *page);
 bool ksm_rs_vma_mergeable(struct vm_area_struct *vma);
 unsigned long ksm_rs_linear_page_index(struct vm_area_struct *vma, unsigned long addr);
 bool ksm_rs_mm_mergeable(struct mm_struct *mm);
+unsigned long ksm_rs_mm_anon_pages(struct mm_struct *mm);
 bool ksm_rs_mm_tlb_flush_pending(struct mm_struct *mm);
 bool ksm_rs_mmap_lock_contended(struct mm_struct *mm);
 unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr);

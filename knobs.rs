@@ -6,8 +6,7 @@
 
 use crate::{
     advisor::Limits,
-    parse,
-    scan::MOST_THREADS, //
+    parse, //
 };
 use kernel::{
     prelude::*,
@@ -20,6 +19,9 @@ use kernel::{
 
 /// Default of `max_page_sharing`.
 pub(crate) const MAX_PAGE_SHARING: u32 = 256;
+
+/// Most threads that can scan at the same time.
+pub(crate) const MOST_THREADS: usize = 64;
 
 /// Default of `pages_to_scan` without an advisor.
 const PAGES_TO_SCAN: u32 = 100;
@@ -115,6 +117,15 @@ pub(crate) fn scan_threads(text: &CStr) -> Result<u32> {
     match any_uint(text)? {
         threads if (1..=MOST_THREADS as u32).contains(&threads) => Ok(threads),
         _ => Err(EINVAL),
+    }
+}
+
+/// What the parameter `drop_in` takes: 0 or 1; `None` for all else.
+pub(crate) fn drop_in(number: u8) -> Option<bool> {
+    match number {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
     }
 }
 

@@ -139,14 +139,11 @@ impl kernel::Module for KsmRs {
             pr_err!("parameter run={run} makes no sense; wanted 0, 1 or 2\n");
             EINVAL
         })?;
-        let drop_in = match series::parameter(module_parameters::drop_in.value()) {
-            0 => false,
-            1 => true,
-            other => {
-                pr_err!("parameter drop_in={other} makes no sense; wanted 0 or 1\n");
-                return Err(EINVAL);
-            }
-        };
+        let drop_in = series::parameter(module_parameters::drop_in.value());
+        let drop_in = knobs::drop_in(drop_in).ok_or_else(|| {
+            pr_err!("parameter drop_in={drop_in} makes no sense; wanted 0 or 1\n");
+            EINVAL
+        })?;
         let kallsyms: u64 = series::parameter(module_parameters::kallsyms_lookup_name.value());
 
         let variables = symbols::resolve(kallsyms as usize)?;

@@ -63,8 +63,8 @@ pub(crate) enum Seen {
     Skipped,
 }
 
-/// How many pages of the same hash one page is compared with, at the most: more is wasted on pages that change,
-/// or cannot be merged.
+/// How many pages of the same hash one page is compared with in either tree, at the most: more is wasted on pages that
+/// change, or cannot be merged. Whoever knew the key of the hash could otherwise make a search as long as they like.
 const MOST_CANDIDATES: usize = 16;
 
 /// How a search in a tree ended.
@@ -246,16 +246,14 @@ impl Engine {
 
     fn merge_with_stable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
         let mut candidate = self.stable.first_equal(nid, hash);
-        while let Some(node_id) = candidate {
+        // Nodes that are dropped or moved on the way count too, as that is work; the next search does not see them.
+        for _ in 0..MOST_CANDIDATES {
+            let Some(node_id) = candidate else { break };
             candidate = self.stable.next_equal(node_id);
             mm::breathe();
             let Some(node) = self.stable.node_mut(node_id) else {
                 continue;
             };
-            if node.sharers() == 0 {
-                // About to lose its page.
-                continue;
-            }
             let page = match node.try_page() {
                 NodePage::Live(page) => page,
                 NodePage::Busy => return Found::Done,
@@ -473,7 +471,7 @@ impl Engine {
         if page.has_other_users() {
             return Err(NotMerged::Busy);
         }
-        let other_page = self.fetch(other).ok_or(NotMerged::Different)?;
+        let other_page = self.fetch_replaceable(other).ok_or(NotMerged::Different)?;
         if page.is(&other_page) || page.is_ksm() {
             // Shared by a fork, or merged in some other way.
             return Err(NotMerged::Gone);
@@ -548,6 +546,18 @@ impl Engine {
         let entered = space.enter()?;
         let locked = entered.lock();
         locked.mergeable_at(address)?.page_at(address)
+    }
+
+    /// The page of an item, with a reference, if another one may be mapped in its place. Sleeps.
+    fn fetch_replaceable(&self, id: Id) -> Option<PageRef> {
+        let (space, address) = self.place_of(id)?;
+        let entered = space.enter()?;
+        let locked = entered.lock();
+        let vma = locked.mergeable_at(address)?;
+        if vma.awaits_access(address) {
+            return None;
+        }
+        vma.page_at(address)
     }
 
     fn space_of(&self, id: Id) -> Option<&AddressSpace> {

@@ -25,6 +25,7 @@ use crate::{
         PageItem,
         State, //
     },
+    knobs::MOST_THREADS,
     kthread,
     merge::Seen,
     mm::{
@@ -108,9 +109,6 @@ impl Cursor {
     }
 }
 
-/// Most threads that can scan at the same time.
-pub(crate) const MOST_THREADS: usize = 64;
-
 /// All cursors, and how far the pass has come.
 pub(crate) struct Cursors {
     /// One for each thread that there may be: more address spaces are not under scan at a time.
@@ -168,12 +166,21 @@ pub(crate) struct Batch {
     rewinds: u32,
     /// Where the scan goes on behind it.
     resume: usize,
+    /// How many items may be made for it.
+    room: usize,
     /// The CPU time of the thread that the engine knows of, in nanoseconds.
     cpu: u64,
 }
 
 /// How many items of pages that are gone are freed in the time of looking at one page, about.
 const FREED_PER_PAGE: usize = 16;
+
+/// How many items an address space may have beyond twice the pages that it has now.
+///
+/// Pages that go behind the cursor leave their items until the next pass. Without a limit a process could walk in front
+/// of the cursor with a few pages, which it is charged for, and leave items behind, which nobody is charged for, as long as
+/// there are addresses.
+const SPARE_ITEMS: usize = 4096;
 
 /// Page tables are gathered from under one hold of the mmap lock until there are this many pages: where memory is
 /// sparse, getting there costs more than the pages.
@@ -188,6 +195,7 @@ impl Batch {
             cursor: 0,
             rewinds: 0,
             resume: 0,
+            room: 0,
             cpu: 0,
         })
     }
@@ -202,6 +210,27 @@ impl Batch {
         }
         self.found.clear();
     }
+}
+
+/// How many more items an address space with so many `items` may have. `pages` is asked for the pages that it has, which
+/// is only done if there are many items.
+pub(crate) fn room_for_items(items: usize, pages: impl FnOnce() -> usize) -> usize {
+    match SPARE_ITEMS.checked_sub(items) {
+        // More than any batch.
+        Some(room) if room >= BATCH_PAGES => room,
+        _ => pages()
+            .saturating_mul(2)
+            .saturating_add(SPARE_ITEMS)
+            .saturating_sub(items),
+    }
+}
+
+/// What [`Engine::free_items_before`] has freed.
+#[derive(Default)]
+struct Freed {
+    items: usize,
+    /// None is left.
+    all: bool,
 }
 
 /// How a call of [`Engine::begin`] ended.
@@ -262,7 +291,7 @@ impl Engine {
                 return Begun::PassDone;
             };
             let address = self.cursors.get(at).map_or(0, Cursor::address);
-            if !self.free_items_before(at, slot, address) {
+            if !self.free_items_before(at, slot, address).all {
                 // Less work than looking at pages, but work: the thread gets its sleep.
                 spent = spent.saturating_add(BATCH_PAGES / FREED_PER_PAGE);
                 break;
@@ -283,7 +312,7 @@ impl Engine {
                 }
                 Gathered::End => {
                     self.skip_to(at, usize::MAX);
-                    if !self.free_items_before(at, slot, usize::MAX) {
+                    if !self.free_items_before(at, slot, usize::MAX).all {
                         break;
                     }
                     self.leave(at);
@@ -432,24 +461,37 @@ impl Engine {
             }
         };
         drop(locked);
+        if let Some(slot) = self.slots.get(slot) {
+            batch.room = room_for_items(slot.space.rmap_items(), || entered.anon_pages());
+        }
         drop(entered);
 
         if let Some(first) = batch.found.first().map(|page| page.address) {
             // They may be very many: the pages are found again, from here on, once all of them are freed.
-            if !self.free_items_before(cursor, slot, first) {
+            if !self.free_items_before(cursor, slot, first).all {
                 batch.found.clear();
                 return Gathered::Later(first);
             }
         }
         let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
         let mut at = self.behind(slot, last);
-        for page in batch.found.iter() {
-            while self
-                .items
-                .get(at)
-                .is_some_and(|item| item.address() < page.address)
+        // Freeing what is in between is part of the work of this batch; what would be too much waits for another one.
+        let mut gone = 0usize;
+        let most_gone = limit.saturating_mul(FREED_PER_PAGE);
+        let mut cut = None;
+        for (index, page) in batch.found.iter().enumerate() {
+            while gone <= most_gone
+                && self
+                    .items
+                    .get(at)
+                    .is_some_and(|item| item.address() < page.address)
             {
                 at = self.items.get(at).map_or(Id::NIL, PageItem::next);
+                gone = gone.saturating_add(1);
+            }
+            if index > 0 && (gone / FREED_PER_PAGE).saturating_add(index) >= limit {
+                cut = Some((index, page.address));
+                break;
             }
             let what = if policy.smart_scan && self.leave_out(at, page) {
                 Seen::Skipped
@@ -458,6 +500,10 @@ impl Engine {
             };
             // There is room for as many as were found.
             let _ = batch.seen.push_within_capacity((page.address, what));
+        }
+        if let Some((index, address)) = cut {
+            batch.found.truncate(index);
+            return Gathered::Pages(address);
         }
         gathered
     }
@@ -472,11 +518,11 @@ impl Engine {
         }) && !page.page.is_ksm()
     }
 
-    /// Decides on the pages of the batch, in order. Returns how many were looked at, and whether these, and those that
-    /// smart scan leaves out, are all.
+    /// Decides on the pages of the batch, in order. Returns how many were looked at, or could have been in that time,
+    /// and whether these, and those that smart scan leaves out, are all.
     fn decide(
         &mut self,
-        batch: &Batch,
+        batch: &mut Batch,
         cursor: usize,
         slot: SlotId,
         policy: Policy,
@@ -484,13 +530,19 @@ impl Engine {
     ) -> (usize, bool) {
         let mut pages = 0usize;
         let mut skipped = 0usize;
+        let mut gone = 0usize;
         let mut all = true;
         for (address, what) in batch.seen.iter() {
-            if pause() || !self.free_items_before(cursor, slot, *address) {
+            let freed = match pause() {
+                true => Freed::default(),
+                false => self.free_items_before(cursor, slot, *address),
+            };
+            gone = gone.saturating_add(freed.items);
+            if !freed.all {
                 all = false;
                 break;
             }
-            match self.item_at(cursor, slot, *address) {
+            match self.item_at(cursor, slot, *address, &mut batch.room) {
                 Some(id) => {
                     if let Some(cursor) = self.cursors.get_mut(cursor) {
                         cursor.step(*address, id);
@@ -504,7 +556,8 @@ impl Engine {
                     self.consider(id, *what, policy);
                     self.stats.pages_scanned.up();
                 }
-                None => self.stats.alloc_failures.up(),
+                // For want of memory, or as there are too many of them.
+                None => {}
             }
             pages = pages.saturating_add(1);
             mm::breathe();
@@ -515,7 +568,7 @@ impl Engine {
                 trace::batch(slot.space.key(), *first, all, skipped as u32);
             }
         }
-        (pages, all)
+        (pages.saturating_add(gone / FREED_PER_PAGE), all)
     }
 
     fn skip_page(&mut self, id: Id) {
@@ -531,31 +584,44 @@ impl Engine {
     }
 
     /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them
-    /// at the most. Returns whether all are gone.
-    fn free_items_before(&mut self, cursor: usize, slot: SlotId, address: usize) -> bool {
+    /// at the most.
+    fn free_items_before(&mut self, cursor: usize, slot: SlotId, address: usize) -> Freed {
         let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
-        for _ in 0..BATCH_PAGES {
+        for items in 0..BATCH_PAGES {
             let next = self.behind(slot, last);
             match self.items.get(next).map(PageItem::address) {
                 Some(at) if at < address && !next.is_nil() => {
                     let behind = self.free_item(slot, next);
                     self.set_behind(slot, last, behind);
                 }
-                _ => return true,
+                _ => return Freed { items, all: true },
             }
         }
-        false
+        Freed {
+            items: BATCH_PAGES,
+            all: false,
+        }
     }
 
-    /// The item of a page, which is the one behind the cursor's last, or made now.
-    fn item_at(&mut self, cursor: usize, slot: SlotId, address: usize) -> Option<Id> {
+    /// The item of a page, which is the one behind the cursor's last, or made now, if there is memory and `room`.
+    fn item_at(
+        &mut self,
+        cursor: usize,
+        slot: SlotId,
+        address: usize,
+        room: &mut usize,
+    ) -> Option<Id> {
         let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
         let next = self.behind(slot, last);
         if !next.is_nil() && self.items.get(next).map(PageItem::address) == Some(address) {
             return Some(next);
         }
+        *room = room.checked_sub(1)?;
         let item = PageItem::new(slot, address, next);
-        let id = self.items.insert(item, record_flags()).ok()?;
+        let Ok(id) = self.items.insert(item, record_flags()) else {
+            self.stats.alloc_failures.up();
+            return None;
+        };
         self.stats.rmap_items.up();
         if let Some(slot) = self.slots.get(slot) {
             slot.space.count_rmap_items(1);

@@ -36,8 +36,8 @@ use kernel::{
     sync::Arc, //
 };
 
-/// In a key: the node is full. Such nodes stand behind those of the same hash that are not, so that however
-/// many there are a search does not see them. Hashes leave the bit alone.
+/// In a key: the node is full, or without any mapping that is known. Such nodes stand behind those of the same hash that
+/// are neither, so that however many there are a search does not see them. Hashes leave the bit alone.
 const FULL: u64 = 1;
 
 /// A KSM page in the tree.
@@ -180,7 +180,7 @@ impl StableTree {
             .count()
     }
 
-    /// Says whether a node has as many mappings as it may have. One that has is not found by its hash.
+    /// Says whether a node has as many mappings as it may have, or none. Such a one is not found by its hash.
     pub(crate) fn set_full(&mut self, id: Id, full: bool) {
         let Some(entry) = self.entries.get(id) else {
             return;

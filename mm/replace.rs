@@ -88,6 +88,13 @@ impl<'a> LockedPte<'a> {
         unsafe { bindings::ksm_rs_ptep_get(self.ptep) }
     }
 
+    /// Whether userfaultfd, in its read-write-protect mode, waits for the next access of any kind.
+    fn awaits_access(&self) -> bool {
+        let pte = self.get();
+        // SAFETY: Plain values.
+        unsafe { bindings::ksm_rs_pte_uffd(pte) && bindings::ksm_rs_pte_protnone(pte) }
+    }
+
     /// Whether the entry maps `page` and can be reached by the CPU.
     fn maps(&self, pte: bindings::pte_t, page: &PageRef) -> bool {
         // SAFETY: The entry is locked, so the page that it maps stays.
@@ -184,6 +191,12 @@ impl Drop for Protected<'_> {
 }
 
 impl Vma<'_> {
+    /// Whether userfaultfd waits for an access to `address`, so that no other page may be mapped there before. Of a huge
+    /// page it is not known.
+    pub(crate) fn awaits_access(&self, address: usize) -> bool {
+        LockedPte::lock(self, address).is_some_and(|entry| entry.awaits_access())
+    }
+
     /// Keeps everybody from writing to `page`, mapped at `address`.
     ///
     /// The folio is small and locked; the caller's is the only reference beside those of page tables and
@@ -200,9 +213,7 @@ impl Vma<'_> {
         if !entry.maps(pte, page.page()) {
             return Err(NotMerged::Gone);
         }
-        // userfaultfd in its read-write-protect mode waits for the next access of any kind.
-        // SAFETY: Plain values.
-        if unsafe { bindings::ksm_rs_pte_uffd(pte) && bindings::ksm_rs_pte_protnone(pte) } {
+        if entry.awaits_access() {
             return Err(NotMerged::Busy);
         }
         // SAFETY: The entry is locked and maps the page, whose folio is locked and referenced; so all of them

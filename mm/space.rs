@@ -66,6 +66,15 @@ impl AddressSpace {
         counter.fetch_add(difference as usize, Relaxed);
     }
 
+    /// What [`AddressSpace::count_rmap_items`] has counted.
+    pub(crate) fn rmap_items(&self) -> usize {
+        // SAFETY: As in `count_rmap_items()`.
+        let counter = unsafe {
+            Atomic::<usize>::from_ptr(&raw mut (*self.as_raw()).__bindgen_anon_1.ksm_rmap_items)
+        };
+        counter.load(Relaxed)
+    }
+
     /// Adds to the counter behind `ksm_merging_pages` in `/proc/PID`.
     pub(crate) fn count_merging_pages(&self, difference: isize) {
         // SAFETY: As in `count_rmap_items()`.
@@ -84,6 +93,12 @@ pub(crate) struct Entered {
 }
 
 impl Entered {
+    /// How many anonymous pages are mapped, all CPUs asked. Does not sleep.
+    pub(crate) fn anon_pages(&self) -> usize {
+        // SAFETY: The mm is in use.
+        unsafe { bindings::ksm_rs_mm_anon_pages(self.mm.as_raw()) }
+    }
+
     /// Read-locks the address space. Sleeps.
     pub(crate) fn lock(&self) -> Locked<'_> {
         let mm: &MmWithUser = &self.mm;

@@ -11,7 +11,10 @@ use crate::{
         PAGE_TABLE_SPAN, //
     },
     registry::SlotId,
-    scan::Cursor, //
+    scan::{
+        room_for_items,
+        Cursor, //
+    }, //
 };
 use kernel::{
     page::PAGE_SIZE,
@@ -63,6 +66,19 @@ mod tests {
         assert_eq!(cursor.address(), 0);
         assert!(cursor.last().is_nil());
         assert_eq!(cursor.slot, Some(0));
+    }
+
+    #[test]
+    fn there_is_room_for_the_items_of_all_pages_but_not_for_any_number() {
+        // Few items: nobody asks for the pages.
+        assert!(room_for_items(0, || 0) >= BATCH_PAGES);
+        for pages in [0, 1, 10_000, 1 << 40] {
+            // A whole batch of new pages, with an item for every page already and as many of pages that are gone.
+            assert!(room_for_items(2 * pages, || pages) >= BATCH_PAGES);
+            // And so many that there is no end of it.
+            assert_eq!(room_for_items(3 * pages + 10_000, || pages), 0);
+        }
+        assert!(room_for_items(usize::MAX - 1, || usize::MAX) < usize::MAX);
     }
 
     #[test]

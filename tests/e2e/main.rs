@@ -9,6 +9,8 @@ mod advisor;
 mod events;
 mod fork;
 mod freezer;
+mod hostile_costs;
+mod hostility;
 mod hotplug;
 mod hugepages;
 mod hwpoison;
@@ -18,6 +20,7 @@ mod merging;
 mod numa;
 mod pins;
 mod prctl;
+mod privileges;
 mod proc_files;
 mod reclaim;
 mod refusals;
@@ -68,6 +71,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(freezer::tests());
     if !ksm.is_stock() {
         tests.extend(threads::tests());
+        tests.extend(hostility::tests());
     }
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
@@ -77,6 +81,8 @@ fn main() -> anyhow::Result<()> {
         tests.extend(lifecycle::tests());
         tests.extend(refusals::tests());
         tests.extend(stock_results::tests());
+        tests.extend(privileges::tests());
+        tests.extend(hostile_costs::tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }

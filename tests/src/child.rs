@@ -137,6 +137,7 @@ enum Command {
         region: Region,
         seed: u64,
     },
+    ForkForEver,
     Exit(i32),
 }
 
@@ -595,6 +596,11 @@ impl Child {
         self.begin(&Command::Churn { region, seed })
     }
 
+    /// Makes the helper fork, for ever and without answering again. Each of its children forks once and exits.
+    pub fn fork_for_ever(&mut self) -> Result<()> {
+        self.begin(&Command::ForkForEver)
+    }
+
     /// Forks the helper; the new one has a copy of its memory.
     pub fn fork(&mut self) -> Result<Self> {
         let (near, far) = UnixStream::pair()?;
@@ -772,6 +778,7 @@ fn serve(socket: UnixStream) -> ! {
         let reply = match command {
             Command::Exit(status) => leave(status),
             Command::Churn { region, seed } => churn(region, seed),
+            Command::ForkForEver => fork_for_ever(),
             Command::Fork => match fork_helper(&mut control) {
                 Ok(Some(pid)) => Reply::Number(pid.as_raw().into()),
                 Ok(None) => continue,
@@ -871,7 +878,7 @@ fn execute(command: Command) -> Result<Reply, Errno> {
             Command::Unpin => drop(PINS.take()),
             Command::CatchBusErrors => catch_bus_errors()?,
             Command::BusError => return Ok(Reply::BusError(caught_bus_error())),
-            Command::Fork | Command::Churn { .. } | Command::Exit(_) => {
+            Command::Fork | Command::Churn { .. } | Command::ForkForEver | Command::Exit(_) => {
                 unreachable!("handled by the caller")
             }
         }
@@ -999,5 +1006,24 @@ fn churn(region: Region, seed: u64) -> ! {
             leave(104);
         }
         round += 1;
+    }
+}
+
+/// Makes processes that make a process, one after the other, for ever.
+fn fork_for_ever() -> ! {
+    loop {
+        // SAFETY: Helpers have one thread only.
+        match unsafe { fork() } {
+            Ok(ForkResult::Child) => {
+                // SAFETY: As above.
+                let _ = unsafe { fork() };
+                leave(0)
+            }
+            Ok(ForkResult::Parent { child }) => {
+                // Reaped by the kernel, so that waiting ends with an error, but when it is gone.
+                let _ = waitpid(child, None);
+            }
+            Err(_) => leave(105),
+        }
     }
 }

@@ -334,6 +334,16 @@ pub fn cpu_ticks(pid: i32) -> Result<u64> {
     Ok(next()? + next()?)
 }
 
+/// CPU time that a process has used, in nanoseconds, as of the last time that it was switched from, or of the last tick.
+pub fn cpu_nanosecs(pid: i32) -> Result<u64> {
+    let text = process_file(pid, "schedstat")?;
+    let first = text.split_whitespace().next();
+    first
+        .context("an empty schedstat")?
+        .parse()
+        .context("schedstat")
+}
+
 /// How often process `pid` was switched to and from.
 pub fn context_switches(pid: i32) -> Result<u64> {
     Ok(status(pid, "voluntary_ctxt_switches")? + status(pid, "nonvoluntary_ctxt_switches")?)

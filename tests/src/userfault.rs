@@ -16,8 +16,10 @@ use crate::memory::Region;
 
 const UFFD_API: u64 = 0xaa;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
+const FEATURE_RWP: u64 = 1 << 17;
 const MODE_MISSING: u64 = 1;
 const MODE_WP: u64 = 2;
+const MODE_RWP: u64 = 8;
 const WRITEPROTECT_WP: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
 const PAGEFAULT_FLAG_WRITE: u64 = 1;
@@ -62,6 +64,7 @@ mod calls {
     nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
     nix::ioctl_readwrite!(zeropage, 0xaa, 0x04, Zeropage);
     nix::ioctl_readwrite!(writeprotect, 0xaa, 0x06, WriteProtect);
+    nix::ioctl_readwrite!(rwprotect, 0xaa, 0x09, WriteProtect);
 }
 
 /// What a region is watched for.
@@ -71,6 +74,8 @@ pub enum Watch {
     Missing,
     /// Writes to pages that were write-protected with [`Userfault::write_protect`].
     WriteProtected,
+    /// Accesses of any kind to pages that were protected with [`Userfault::protect`].
+    Protected,
 }
 
 /// A page fault that waits for an answer.
@@ -91,6 +96,16 @@ pub struct Userfault(File);
 impl Userfault {
     /// Opens one.
     pub fn open() -> Result<Self> {
+        Self::with(FEATURE_PAGEFAULT_FLAG_WP)?
+            .context("this test needs write protection by userfaultfd")
+    }
+
+    /// Opens one that can protect from accesses of any kind; `None`: the kernel does not know of such.
+    pub fn open_for_protection() -> Result<Option<Self>> {
+        Self::with(FEATURE_PAGEFAULT_FLAG_WP | FEATURE_RWP)
+    }
+
+    fn with(features: u64) -> Result<Option<Self>> {
         // SAFETY: The call takes flags and returns a new descriptor.
         let fd =
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
@@ -99,13 +114,15 @@ impl Userfault {
         let file = unsafe { File::from_raw_fd(fd as RawFd) };
         let mut api = Api {
             api: UFFD_API,
-            features: FEATURE_PAGEFAULT_FLAG_WP,
+            features,
             ioctls: 0,
         };
         // SAFETY: The structure is what the call expects.
-        unsafe { calls::api(file.as_raw_fd(), &mut api) }
-            .context("this test needs write protection by userfaultfd")?;
-        Ok(Self(file))
+        match unsafe { calls::api(file.as_raw_fd(), &mut api) } {
+            Ok(_) => Ok(Some(Self(file))),
+            Err(Errno::EINVAL) => Ok(None),
+            Err(errno) => Err(errno).context("UFFDIO_API"),
+        }
     }
 
     /// Watches a region.
@@ -113,6 +130,7 @@ impl Userfault {
         let mode = match watch {
             Watch::Missing => MODE_MISSING,
             Watch::WriteProtected => MODE_WP,
+            Watch::Protected => MODE_RWP,
         };
         let mut register = Register {
             start: region.addr as u64,
@@ -136,6 +154,18 @@ impl Userfault {
         // SAFETY: The structure is what the call expects.
         unsafe { calls::writeprotect(self.0.as_raw_fd(), &mut arg) }
             .context("UFFDIO_WRITEPROTECT")?;
+        Ok(())
+    }
+
+    /// Protects a region from accesses of any kind, or lifts the protection and wakes who waits.
+    pub fn protect(&self, region: Region, protect: bool) -> Result<()> {
+        let mut arg = WriteProtect {
+            start: region.addr as u64,
+            len: region.len() as u64,
+            mode: protect.into(),
+        };
+        // SAFETY: The structure is what the call expects.
+        unsafe { calls::rwprotect(self.0.as_raw_fd(), &mut arg) }.context("UFFDIO_RWPROTECT")?;
         Ok(())
     }
 
