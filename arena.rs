@@ -428,7 +428,7 @@ impl<T: Record> Arena<T> {
             self.chunks.reserve(1, flags)?;
             self.pages.push(Some(page), flags)?;
             // Cannot fail, as there is room for it.
-            self.chunks.push(Chunk::EMPTY, flags)?;
+            let _ = self.chunks.push_within_capacity(Chunk::EMPTY);
         }
         // INVARIANT: The chunk has no record for a moment, until `insert()` adds one.
         self.live = self.live.wrapping_add(1);

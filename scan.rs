@@ -122,7 +122,8 @@ impl Cursors {
     pub(crate) fn new() -> Result<Self> {
         let mut all = KVec::with_capacity(MOST_THREADS, GFP_KERNEL)?;
         for _ in 0..MOST_THREADS {
-            all.push(Cursor::default(), GFP_KERNEL)?;
+            all.push_within_capacity(Cursor::default())
+                .map_err(|_| ENOMEM)?;
         }
         Ok(Self { all, next: None })
     }

@@ -276,7 +276,9 @@ impl StableTree {
 pub(crate) fn forest_per_node() -> Result<KVec<Forest>> {
     let mut forests = KVec::with_capacity(mm::nr_nodes(), GFP_KERNEL)?;
     for _ in 0..mm::nr_nodes() {
-        forests.push(Forest::new(), GFP_KERNEL)?;
+        forests
+            .push_within_capacity(Forest::new())
+            .map_err(|_| ENOMEM)?;
     }
     Ok(forests)
 }

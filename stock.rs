@@ -17,11 +17,20 @@ use kernel::{
         Atomic,
         AtomicFlag,
         Relaxed, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
 
 /// Stock's value of `run` for unmerging.
 const RUN_UNMERGE: usize = 2;
+
+/// How often giving stock's files back is tried, and how long to wait in between: they want a little memory, and without
+/// them stock could not be used until the next boot.
+const GIVE_BACK_TRIES: usize = 100;
+const GIVE_BACK_PAUSE: Delta = Delta::from_millis(100);
 
 /// Name of stock's directory, below `/sys/kernel/mm`.
 const DIRECTORY: &CStr = c"ksm";
@@ -122,10 +131,18 @@ impl Stock {
 impl Drop for Stock {
     fn drop(&mut self) {
         self.set_unmerging(false);
-        // SAFETY: The group is the core's own and not in sysfs, by the invariant.
-        let error = unsafe { bindings::sysfs_create_group(self.mm_kobj, self.group) };
-        if error != 0 {
-            pr_err!("giving /sys/kernel/mm/ksm back failed with error {error}\n");
+        for left in (0..GIVE_BACK_TRIES).rev() {
+            // SAFETY: The group is the core's own and not in sysfs, by the invariant; what fails leaves nothing there.
+            let error = unsafe { bindings::sysfs_create_group(self.mm_kobj, self.group) };
+            if error == 0 {
+                return;
+            }
+            // Any other error would come again.
+            if error != ENOMEM.to_errno() || left == 0 {
+                pr_err!("giving /sys/kernel/mm/ksm back failed with error {error}\n");
+                return;
+            }
+            fsleep(GIVE_BACK_PAUSE);
         }
     }
 }

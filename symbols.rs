@@ -75,27 +75,41 @@ pub(crate) struct Variables {
     pub(crate) btf_end: usize,
 }
 
-/// Names of symbols that were not found.
-#[derive(Default)]
+/// Most names that can be missing: every function's, and the members' of [`Variables`].
+const MOST_MISSING: usize = FUNCTIONS.len() + size_of::<Variables>() / size_of::<usize>();
+
+/// Names of symbols that were not found. Needs no memory, so that the refusal always says them.
 struct Missing {
-    names: KVec<&'static CStr>,
+    names: [Option<&'static CStr>; MOST_MISSING],
 }
 
 impl Missing {
-    fn lookup(&mut self, name: &'static CStr) -> Result<usize> {
+    fn none() -> Self {
+        Self {
+            names: [None; MOST_MISSING],
+        }
+    }
+
+    fn lookup(&mut self, name: &'static CStr) -> usize {
         // SAFETY: The static call was bound by `resolve()` before; the name is a C string.
         let address = unsafe { bindings::ksm_rs_kallsyms_lookup_name(name.as_char_ptr()) };
         if address == 0 {
-            self.names.push(name, GFP_KERNEL)?;
+            if let Some(free) = self.names.iter_mut().find(|place| place.is_none()) {
+                *free = Some(name);
+            }
         }
-        Ok(address)
+        address
+    }
+
+    fn any(&self) -> bool {
+        self.names.iter().any(Option::is_some)
     }
 }
 
 /// The names, one after the other.
 impl kernel::fmt::Display for Missing {
     fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
-        for (index, name) in self.names.iter().enumerate() {
+        for (index, name) in self.names.iter().flatten().enumerate() {
             let space = if index == 0 { "" } else { " " };
             f.write_fmt(fmt!("{space}{name}"))?;
         }
@@ -115,9 +129,9 @@ pub(crate) fn resolve(kallsyms: usize) -> Result<Variables> {
     // SAFETY: It is the address of the function, as the kernel's symbol table says.
     unsafe { bindings::ksm_rs_bind_kallsyms_lookup_name(kallsyms) };
 
-    let mut missing = Missing::default();
+    let mut missing = Missing::none();
     for function in FUNCTIONS {
-        let address = missing.lookup(function.name)?;
+        let address = missing.lookup(function.name);
         if address != 0 {
             // SAFETY: The kernel's own symbol table says that the function of this name, whose type `helpers.h` takes
             // from the kernel's header, is there.
@@ -125,16 +139,16 @@ pub(crate) fn resolve(kallsyms: usize) -> Result<Variables> {
         }
     }
     let variables = Variables {
-        mm_kobj: missing.lookup(c"mm_kobj")?,
-        ksm_run: missing.lookup(c"ksm_run")?,
-        ksm_thread_mutex: missing.lookup(c"ksm_thread_mutex")?,
-        ksm_pages_shared: missing.lookup(c"ksm_pages_shared")?,
-        ksm_attr_group: missing.lookup(c"ksm_attr_group")?,
-        ksm_zero_pages: missing.lookup(c"ksm_zero_pages")?,
-        btf_start: missing.lookup(c"__start_BTF")?,
-        btf_end: missing.lookup(c"__stop_BTF")?,
+        mm_kobj: missing.lookup(c"mm_kobj"),
+        ksm_run: missing.lookup(c"ksm_run"),
+        ksm_thread_mutex: missing.lookup(c"ksm_thread_mutex"),
+        ksm_pages_shared: missing.lookup(c"ksm_pages_shared"),
+        ksm_attr_group: missing.lookup(c"ksm_attr_group"),
+        ksm_zero_pages: missing.lookup(c"ksm_zero_pages"),
+        btf_start: missing.lookup(c"__start_BTF"),
+        btf_end: missing.lookup(c"__stop_BTF"),
     };
-    if !missing.names.is_empty() {
+    if missing.any() {
         pr_err!(
             "this kernel has no symbol {missing}; wanted all of them: load on a kernel built with CONFIG_KSM=y CONFIG_KALLSYMS_ALL=y CONFIG_DEBUG_INFO_BTF=y\n"
         );

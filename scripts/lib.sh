@@ -140,3 +140,16 @@ kernel_make_words() {
         release) ;;
     esac
 }
+
+# Builds the programs of tests/ and prints the path of the one of this name.
+test_binary() {
+    local binary
+    binary=$(CARGO_TARGET_DIR=$top/build/tests cargo test --quiet --locked --no-run --message-format=json \
+        --manifest-path "$top/tests/Cargo.toml" --test "$1" |
+        python3 -c 'import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["target"]["name"] == sys.argv[1]: print(message["executable"])' "$1")
+    [ -n "$binary" ] || die "tests/$1 was not built"
+    echo "$binary"
+}

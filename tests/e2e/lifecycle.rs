@@ -15,6 +15,7 @@ use ksm_e2e::Ksm;
 use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::STOCK;
+use ksm_e2e::leftovers::Leftovers;
 use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::module;
@@ -400,55 +401,16 @@ fn live(ksm: &Ksm, life: usize) -> Result<()> {
 }
 
 fn fifty_lives_leave_nothing_behind(ksm: &Ksm) -> Result<()> {
-    // Objects that a producer allocates or keeps alive. One life handles 128 pages, 128 or more items, 64 nodes and
-    // two processes or more. So a leak of any kind, once in each life, shows as 50 objects or many more. What else goes
-    // on in the system adds some noise, the more the more common a cache's users are.
-    let measure = || -> Result<Vec<(String, u64, u64)>> {
-        let mut objects = Vec::new();
-        for (cache, noise) in [("mm_struct", 25), ("anon_vma", 40), ("task_struct", 25)] {
-            objects.push((cache.to_owned(), procfs::slab_objects(cache)?, noise));
-        }
-        for cache in procfs::kmalloc_caches()? {
-            let noise = if cache.contains("cg") || cache.contains("rcl") {
-                2000
-            } else {
-                600
-            };
-            objects.push((cache.clone(), procfs::slab_objects(&cache)?, noise));
-        }
-        objects.push((
-            "kB of vmalloc".to_owned(),
-            procfs::meminfo("VmallocUsed")?,
-            200,
-        ));
-        objects.push((
-            "kB of slab".to_owned(),
-            procfs::meminfo("SUnreclaim")?,
-            1500,
-        ));
-        Ok(objects)
-    };
+    // One life handles 128 pages, 128 or more items, 64 nodes and two processes or more. So a leak of any kind, once in each
+    // life, shows as 50 objects or many more.
     for life in 0..5 {
         live(ksm, life)?;
     }
-    let before = measure()?;
+    let before = Leftovers::now()?;
     for life in 0..50 {
         live(ksm, life).with_context(|| format!("in life {life}"))?;
     }
-    // Freeing may wait for a grace period, and the last processes for their parent.
-    wait::until_or_explain("memory is back to what it was", PATIENCE / 2, || {
-        let grown: Vec<String> = measure()?
-            .into_iter()
-            .filter_map(|(what, now, noise)| {
-                let then = before
-                    .iter()
-                    .find(|(name, ..)| *name == what)
-                    .map_or(0, |(_, then, _)| *then);
-                (now > then + noise).then(|| format!("{what} grew from {then} to {now}"))
-            })
-            .collect();
-        Ok((!grown.is_empty()).then(|| grown.join(", ")))
-    })
+    before.expect_no_more()
 }
 
 fn unloading_while_processes_come_and_go(ksm: &Ksm) -> Result<()> {

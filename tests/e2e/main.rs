@@ -4,11 +4,14 @@
 //!     KSM_DIR=/sys/kernel/mm/ksm e2e          the same against the kernel's own KSM
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 //!     KSM_E2E_SEED=42 e2e                     another seed for what is made at random
+//!     KSM_E2E_GROUND="no NUMA" e2e ground     on a kernel that was booted so (ground.rs)
 
 mod advisor;
 mod events;
+mod exhaustion;
 mod fork;
 mod freezer;
+mod ground;
 mod hostile_costs;
 mod hostility;
 mod hotplug;
@@ -66,6 +69,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(hugepages::tests());
     tests.extend(pins::tests());
     tests.extend(reclaim::tests());
+    tests.extend(exhaustion::tests());
     tests.extend(numa::tests());
     tests.extend(hotplug::tests());
     tests.extend(freezer::tests());
@@ -78,11 +82,16 @@ fn main() -> anyhow::Result<()> {
     tests.extend(while_scanning::tests());
     if !ksm.is_stock() {
         tests.extend(events::module_tests());
+        tests.extend(exhaustion::module_tests());
         tests.extend(lifecycle::tests());
         tests.extend(refusals::tests());
+        tests.extend(ground::tests());
         tests.extend(stock_results::tests());
         tests.extend(privileges::tests());
         tests.extend(hostile_costs::tests());
+    }
+    if exhaustion::is_small_machine()? {
+        tests.extend(exhaustion::system_tests());
     }
     libtest_mimic::run(&arguments, tests).exit()
 }

@@ -42,12 +42,18 @@ pub struct Log(File);
 impl Log {
     /// The log from now on.
     pub fn from_now() -> Result<Self> {
-        let mut file = OpenOptions::new()
+        let mut log = Self::from_boot()?;
+        log.0.seek(SeekFrom::End(0))?;
+        Ok(log)
+    }
+
+    /// The log from the oldest line on that is still there.
+    pub fn from_boot() -> Result<Self> {
+        let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/kmsg")
             .context("/dev/kmsg")?;
-        file.seek(SeekFrom::End(0))?;
         Ok(Self(file))
     }
 

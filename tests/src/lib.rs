@@ -9,6 +9,7 @@
 pub mod child;
 pub mod delays;
 pub mod doctor;
+pub mod faults;
 pub mod freezer;
 pub mod hash_key;
 pub mod hotplug;
@@ -16,6 +17,7 @@ pub mod kmsg;
 pub mod kprobe;
 pub mod ksm;
 pub mod ksm_events;
+pub mod leftovers;
 pub mod memory;
 pub mod module;
 pub mod numa;
@@ -24,6 +26,7 @@ pub mod procfs;
 pub mod record;
 pub mod runner;
 pub mod settings;
+pub mod sharer;
 pub mod slow_file;
 pub mod swap;
 pub mod trace;
@@ -36,6 +39,7 @@ pub use ksm::Ksm;
 pub use memory::Content;
 pub use memory::Region;
 pub use passes::Passes;
+pub use sharer::Sharer;
 
 /// The seeds to use for what is made at random: those given, or the one that the environment variable
 /// `KSM_E2E_SEED` names.

@@ -225,8 +225,8 @@ pub struct Mapping {
     pub pages: usize,
     /// Alignment of the address, a power of two.
     pub align: usize,
-    /// Whether to ask for huge pages; otherwise they are declined.
-    pub huge: bool,
+    /// Whether to ask for huge pages, or to decline them; or to take what there is.
+    pub huge: Option<bool>,
     /// `MAP_SHARED` instead of `MAP_PRIVATE`.
     pub shared: bool,
     /// The only NUMA node the memory may come from.
@@ -239,7 +239,7 @@ impl Mapping {
         Self {
             pages,
             align: PAGE,
-            huge: false,
+            huge: Some(false),
             shared: false,
             node: None,
         }
@@ -250,7 +250,7 @@ impl Mapping {
         Self {
             pages: count * PAGES_PER_HUGE,
             align: HUGE,
-            huge: true,
+            huge: Some(true),
             shared: false,
             node: None,
         }
@@ -303,14 +303,14 @@ impl Mapping {
         let reservation_end = base as usize + around;
         unmap(base as usize, addr - base as usize)?;
         unmap(addr + len, reservation_end - addr - len)?;
-        advise(
-            region,
-            if self.huge {
+        if let Some(huge) = self.huge {
+            let advice = if huge {
                 libc::MADV_HUGEPAGE
             } else {
                 libc::MADV_NOHUGEPAGE
-            },
-        )?;
+            };
+            advise(region, advice)?;
+        }
         if let Some(node) = self.node {
             crate::numa::bind(region, node, false)?;
         }

@@ -133,6 +133,27 @@ impl Group {
         write(self.0.join("cgroup.procs"), &child.pid().to_string())
     }
 
+    /// Lets the group have what it has now, and so many bytes more.
+    pub fn fill_up(&self, room: usize) -> Result<()> {
+        // What it could give up would make room later.
+        self.reclaim(usize::MAX >> 1)?;
+        let current: usize = fs::read_to_string(self.0.join("memory.current"))?
+            .trim_end()
+            .parse()?;
+        write(self.0.join("memory.max"), &(current + room).to_string())
+    }
+
+    /// Lets the group have as much as it wants.
+    pub fn unlimit(&self) -> Result<()> {
+        write(self.0.join("memory.max"), "max")
+    }
+
+    /// How often something has happened to the group, by its name in `memory.events`.
+    pub fn events(&self, name: &str) -> Result<u64> {
+        let text = fs::read_to_string(self.0.join("memory.events"))?;
+        procfs::field(&text, name)
+    }
+
     /// Asks the kernel to take pages from the group; it may manage fewer.
     pub fn reclaim(&self, bytes: usize) -> Result<()> {
         let path = self.0.join("memory.reclaim");

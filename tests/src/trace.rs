@@ -38,6 +38,25 @@ impl Trace {
         write(dir.join("enable"), "1")
     }
 
+    /// Has something done with an event, `stacktrace if result != 0` for instance.
+    pub fn trigger(&self, event: &str, trigger: &str) -> Result<()> {
+        let dir = self.0.join("events").join(event);
+        write(dir.join("trigger"), trigger)
+    }
+
+    /// Sets an option of what records look like.
+    pub fn option(&self, name: &str, on: bool) -> Result<()> {
+        write(
+            self.0.join("options").join(name),
+            if on { "1" } else { "0" },
+        )
+    }
+
+    /// Records no more events.
+    pub fn silence(&self) -> Result<()> {
+        write(self.0.join("events/enable"), "0")
+    }
+
     /// Records calls of one function.
     pub fn function(&self, name: &str) -> Result<()> {
         write(self.0.join("set_ftrace_filter"), name)?;
@@ -49,6 +68,13 @@ impl Trace {
         let text = fs::read_to_string(self.0.join("trace"))?;
         let records = text.lines().filter(|line| !line.starts_with('#'));
         Ok(records.map(str::to_owned).collect())
+    }
+
+    /// What was recorded, in order; it is forgotten then.
+    pub fn take(&self) -> Result<Vec<String>> {
+        let lines = self.lines()?;
+        write(self.0.join("trace"), "")?;
+        Ok(lines)
     }
 }
 
