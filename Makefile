@@ -2,9 +2,9 @@
 # The project's commands; the kernel's build reads Kbuild instead. `make help` lists them.
 
 # Picked up by the scripts, from the command line or the environment.
-export KDIR KERNEL DEBUG ARCH KUNIT TEST PART SCENARIO ROUNDS QUICK
+export KDIR KERNEL DEBUG ARCH KUNIT TEST PART SCENARIO ROUNDS QUICK MINUTES SEED ACTORS PROVE
 
-.PHONY: all kernel demo test bench lint selftests clean help
+.PHONY: all kernel demo test soak bench lint selftests clean help
 
 all:
 	+@scripts/build >/dev/null
@@ -17,6 +17,9 @@ demo:
 
 test:
 	@scripts/test
+
+soak:
+	@scripts/soak
 
 bench:
 	@scripts/bench
@@ -35,6 +38,7 @@ help:
 	@echo "make kernel     build the test kernel into the cache, once; DEBUG=1: KASAN and lockdep; ARCH=um: native"
 	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
 	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|selftests"
+	@echo "make soak       try to break it on the debug kernel: MINUTES=30, SEED= repeats a run, ACTORS=names,groups; PROVE=1; DEBUG=0"
 	@echo "make bench      measure against the kernel's own KSM, natively; SCENARIO=, ROUNDS=5; QUICK=1: two minutes, to see that it works"
 	@echo "make lint       check formatting, clippy, shellcheck, where unsafe code may stand, and the reference"
 	@echo "make selftests  run the kernel's own selftests without the module and with it, and compare"
