@@ -189,16 +189,7 @@ impl Stage {
 
     /// A content that other actors have too.
     pub fn common(&mut self) -> Pattern {
-        let seed = self.rng.u64(..COMMON);
-        match self.rng.u32(..16) {
-            0..2 => Pattern::Zero,
-            2..4 => Pattern::Near {
-                seed: Some(seed),
-                offset: [0, memory::PAGE / 2, memory::PAGE - 1][self.rng.usize(..3)],
-                flip: 0x10,
-            },
-            _ => Pattern::Seed(seed),
-        }
+        common(&mut self.rng)
     }
 
     /// A content that no other actor has, nor this one until now. What may end up in memory that is lost (poison) takes
@@ -340,6 +331,8 @@ impl Stage {
 
     /// Steps until the deadline.
     pub fn run(&mut self) -> Result<()> {
+        // The kernel's reports name the process that they are about.
+        std::fs::write("/proc/self/comm", self.actor.name)?;
         while !self.over() {
             self.doing("a step");
             let step = self.actor.step;
@@ -419,6 +412,20 @@ impl Drop for Kid {
             let _ = kill(self.pid, Signal::SIGKILL);
             let _ = waitpid(self.pid, None);
         }
+    }
+}
+
+/// A content that all actors have.
+pub fn common(rng: &mut Rng) -> Pattern {
+    let seed = rng.u64(..COMMON);
+    match rng.u32(..16) {
+        0..2 => Pattern::Zero,
+        2..4 => Pattern::Near {
+            seed: Some(seed),
+            offset: [0, memory::PAGE / 2, memory::PAGE - 1][rng.usize(..3)],
+            flip: 0x10,
+        },
+        _ => Pattern::Seed(seed),
     }
 }
 

@@ -75,6 +75,9 @@ impl<T> Shared<T> {
     }
 }
 
+// SAFETY: The value is the only way to the mapping, as a Vec is to its memory.
+unsafe impl<T: Send> Send for Shared<T> {}
+
 impl<T> Drop for Shared<T> {
     fn drop(&mut self) {
         // SAFETY: The mapping is this value's, and no reference outlives it.
@@ -282,21 +285,41 @@ impl Ledger {
         self.check_entries(self.known())
     }
 
+    /// Fails unless these bytes, read from a region by whatever means, are as noted.
+    pub fn check_bytes(&self, region: Region, seen: &[u8]) -> Result<()> {
+        ensure!(
+            seen.len() == region.len(),
+            "{} bytes of {} pages",
+            seen.len(),
+            region.pages
+        );
+        for (addr, seen) in region.addresses().zip(seen.chunks(PAGE)) {
+            let page = Region { addr, pages: 1 };
+            match &self.known()[self.range(page)] {
+                [entry] => compare(entry, seen)?,
+                _ => bail!("nothing is known of the page at {addr:#x}"),
+            }
+        }
+        Ok(())
+    }
+
     fn check_entries(&self, entries: &[Entry]) -> Result<()> {
         if let (true, Some(victim)) = (self.corrupt, entries.get(entries.len() / 2)) {
             harm(victim.addr + PAGE - 3)?;
         }
         for entry in entries {
             // SAFETY: As for `write`, but readable is enough.
-            let seen = unsafe { memory::read(entry.addr, PAGE) };
-            let wanted = entry.pattern().page().bytes();
-            if seen == wanted || entry.or_zero && seen.iter().all(|&byte| byte == 0) {
-                continue;
-            }
-            bail!(difference(entry, &seen, &wanted));
+            compare(entry, &unsafe { memory::read(entry.addr, PAGE) })?;
         }
         Ok(())
     }
+}
+
+fn compare(entry: &Entry, seen: &[u8]) -> Result<()> {
+    let wanted = entry.pattern().page().bytes();
+    let fine = seen == wanted || entry.or_zero && seen.iter().all(|&byte| byte == 0);
+    ensure!(fine, difference(entry, seen, &wanted));
+    Ok(())
 }
 
 /// Changes a byte of this process behind its back, whatever the protection of the page.
