@@ -25,7 +25,6 @@ use nix::errno::Errno;
 use nix::sys::wait::WaitStatus;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
-use nix::unistd::pipe;
 
 use crate::actor;
 use crate::actor::Actor;
@@ -309,14 +308,11 @@ fn threads(stage: &mut Stage) -> Result<()> {
     let share = stage.rng.usize(8..50);
     let region = stage.mergeable(count * share)?;
     stage.let_merge(region)?;
-    let (reader, writer) = pipe().context("pipe")?;
     let killed = stage.rng.u32(..3) == 0;
     let leader_first = stage.rng.bool();
     stage.doing("forking who has threads");
     let kid = stage.fork(|stage| {
-        drop(reader);
-        let everything = stage.rng.bool();
-        if everything {
+        if stage.rng.bool() {
             merge_everything(true)?;
         }
         let left = Arc::new(AtomicUsize::new(count));
@@ -327,11 +323,11 @@ fn threads(stage: &mut Stage) -> Result<()> {
                 rng: stage.rng.fork(),
                 ledger: stage.ledger.copy()?,
             };
-            let (left, writer) = (left.clone(), writer.try_clone()?);
+            let left = left.clone();
             handles.push(thread::spawn(move || {
                 let result = own.work();
                 if leader_first {
-                    let bad = result.as_ref().is_err();
+                    let bad = result.is_err();
                     if let Err(error) = &result {
                         eprintln!("soak: in a thread: {error:#}");
                     }
@@ -341,11 +337,9 @@ fn threads(stage: &mut Stage) -> Result<()> {
                         unsafe { libc::_exit(i32::from(bad)) };
                     }
                 }
-                drop(writer);
                 result
             }));
         }
-        drop(writer);
         if leader_first {
             // SAFETY: The thread has nothing left to do: what it owns stays, as the others may use it.
             unsafe { libc::syscall(libc::SYS_exit, 0) };
@@ -357,8 +351,6 @@ fn threads(stage: &mut Stage) -> Result<()> {
         }
         Ok(())
     })?;
-    drop(writer);
-    drop(reader);
     stage.paint_some(region, 20)?;
     stage.check_all()?;
     if killed {
