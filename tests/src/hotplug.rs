@@ -134,20 +134,38 @@ impl Drop for Keep {
     }
 }
 
-/// Brings back all blocks that are offline. Returns whether there were any.
-pub fn bring_back() -> Result<bool> {
+/// All blocks. A kernel without hotplug has none.
+fn blocks() -> Result<Vec<Block>> {
     let Ok(entries) = fs::read_dir(MEMORY) else {
-        // This kernel has no hotplug.
-        return Ok(false);
+        return Ok(Vec::new());
     };
-    let mut any = false;
+    let pages = pages_per_block()?;
+    let mut blocks = Vec::new();
     for entry in entries {
         let name = entry?.file_name();
         let number = name.to_str().and_then(|name| name.strip_prefix("memory"));
-        let Some(number) = number.and_then(|number| number.parse().ok()) else {
-            continue;
-        };
-        let block = Block { number, pages: 1 };
+        if let Some(number) = number.and_then(|number| number.parse().ok()) {
+            blocks.push(Block { number, pages });
+        }
+    }
+    Ok(blocks)
+}
+
+/// All blocks that are online and can go offline for good.
+pub fn movable_blocks() -> Result<Vec<Block>> {
+    let mut movable = Vec::new();
+    for block in blocks()? {
+        if block.is_movable()? {
+            movable.push(block);
+        }
+    }
+    Ok(movable)
+}
+
+/// Brings back all blocks that are offline. Returns whether there were any.
+pub fn bring_back() -> Result<bool> {
+    let mut any = false;
+    for block in blocks()? {
         if block.state()? == "offline" {
             block.online()?;
             any = true;

@@ -133,6 +133,16 @@ impl Group {
         write(self.0.join("cgroup.procs"), &child.pid().to_string())
     }
 
+    /// Writes to one of the group's files, `memory.max` for instance.
+    pub fn set(&self, file: &str, text: &str) -> Result<()> {
+        write(self.0.join(file), text)
+    }
+
+    /// How often something has happened in the group, by its name in `memory.events`.
+    pub fn event(&self, name: &str) -> Result<u64> {
+        procfs::field(&fs::read_to_string(self.0.join("memory.events"))?, name)
+    }
+
     /// Asks the kernel to take pages from the group; it may manage fewer.
     pub fn reclaim(&self, bytes: usize) -> Result<()> {
         let path = self.0.join("memory.reclaim");
