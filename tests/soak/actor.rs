@@ -284,7 +284,7 @@ impl Stage {
                 self.saw_merged(merged);
                 return Ok(merged);
             }
-            sleep(Duration::from_millis(5));
+            sleep(Duration::from_millis(20));
         }
     }
 

@@ -124,13 +124,14 @@ fn mmap(stage: &mut Stage) -> Result<()> {
         }
         stage.check(whole)?;
     }
-    // With holes in it, it is unmapped as a whole.
     stage.let_merge(whole)?;
     let hole = part(stage, whole);
     stage.check(whole)?;
     stage.ledger.forget(hole);
     memory::munmap(hole)?;
-    stage.check_all()
+    stage.check_all()?;
+    // So that nobody else's memory is there when it is.
+    map_at(hole)
 }
 
 /// Moves, grows and shrinks merged memory, and moves its pages away from under it.
@@ -550,9 +551,7 @@ fn userfault(stage: &mut Stage) -> Result<()> {
             "{heard} writes to protected pages were heard of, of {heard_of}"
         );
         stage.check(region)?;
-        if stage.rng.bool() {
-            uffd.write_protect(guarded, false)?;
-        }
+        uffd.write_protect(guarded, false)?;
     }
     drop(uffd);
     stage.let_merge(region)?;
