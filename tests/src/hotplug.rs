@@ -69,10 +69,15 @@ impl Block {
         Ok(text.trim_end().to_owned())
     }
 
-    /// Whether nothing in the block keeps it from going offline for good.
-    fn is_movable(self) -> Result<bool> {
+    /// Whether the block is online and all of it in the zone for memory that can be moved.
+    fn is_in_movable_zone(self) -> Result<bool> {
         let zones = fs::read_to_string(self.dir().join("valid_zones"))?;
-        if self.state()? != "online" || zones.trim_end() != "Movable" {
+        Ok(self.state()? == "online" && zones.trim_end() == "Movable")
+    }
+
+    /// Whether nothing in the block keeps it from going offline for good. This looks at every page.
+    pub fn is_movable(self) -> Result<bool> {
+        if !self.is_in_movable_zone()? {
             return Ok(false);
         }
         // A block with a bad page could not come back.
@@ -151,11 +156,11 @@ fn blocks() -> Result<Vec<Block>> {
     Ok(blocks)
 }
 
-/// All blocks that are online and can go offline for good.
+/// All blocks that are online and consist of memory that can be moved.
 pub fn movable_blocks() -> Result<Vec<Block>> {
     let mut movable = Vec::new();
     for block in blocks()? {
-        if block.is_movable()? {
+        if block.is_in_movable_zone()? {
             movable.push(block);
         }
     }

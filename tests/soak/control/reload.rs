@@ -37,6 +37,7 @@ fn unload(stage: &Stage) -> Result<()> {
 fn let_stock_merge(stage: &mut Stage, region: Region) -> Result<()> {
     stage.doing("letting the kernel's own KSM merge");
     let stock = Ksm::at(STOCK);
+    let before = stock.remember()?;
     stock.scan_fast()?;
     stock.start()?;
     stage.let_merge(region)?;
@@ -50,7 +51,7 @@ fn let_stock_merge(stage: &mut Stage, region: Region) -> Result<()> {
             Ok(stock.unmerge().is_ok() && stock.read("pages_shared")? == 0)
         },
     )?;
-    stock.stop()?;
+    before.finish()?;
     stage.check_all()
 }
 

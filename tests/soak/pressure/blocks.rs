@@ -58,6 +58,10 @@ pub fn take_offline_and_back(stage: &mut Stage) -> Result<()> {
             "the soak needs blocks of movable memory: movablecore= on the kernel's command line; of {blocks:?} none is"
         );
     };
+    if !block.is_movable()? {
+        // It has a page that is bad, or is no page.
+        return stage.check_all();
+    }
     let keep = block.keep();
     stage.doing(&format!("taking {block:?} offline"));
     let mut kid = stage.fork(|_| match fs::write(block.state_file(), "offline") {
