@@ -344,7 +344,10 @@ impl Troupe {
     /// Fails if the kernel has reported anything.
     fn reports(&mut self) -> Result<()> {
         let reports = self.log.reports()?;
-        ensure!(reports.is_empty(), "the kernel reported faults: {reports:#?}");
+        ensure!(
+            reports.is_empty(),
+            "the kernel reported faults: {reports:#?}"
+        );
         Ok(())
     }
 
@@ -442,16 +445,16 @@ impl Troupe {
             let steps = self.steps_before[index] + slot.steps.load(Ordering::Relaxed);
             let checked = slot.checked.load(Ordering::Relaxed);
             let merged = slot.merged.load(Ordering::Relaxed);
-            println!(
-                "soak: {:14} {steps:7} {checked:16} {merged:14}",
-                actor.name
-            );
+            println!("soak: {:14} {steps:7} {checked:16} {merged:14}", actor.name);
             if steps == 0 || checked == 0 {
                 idle.push(actor.name);
             }
         }
         if self.killed > 0 {
-            println!("soak: {} times an actor that may be killed was", self.killed);
+            println!(
+                "soak: {} times an actor that may be killed was",
+                self.killed
+            );
         }
         ensure!(
             idle.is_empty(),
@@ -561,6 +564,9 @@ fn prove(actors: &[Actor], seed: u64) -> Result<()> {
     if !blind.is_empty() {
         bail!("these actors do not find a byte that was changed: {blind:?}");
     }
-    println!("SOAK PROVED: each of {} actors finds a byte that was changed behind its back", actors.len());
+    println!(
+        "SOAK PROVED: each of {} actors finds a byte that was changed behind its back",
+        actors.len()
+    );
     Ok(())
 }
