@@ -499,6 +499,7 @@ fn userfault(stage: &mut Stage) -> Result<()> {
     uffd.watch(region, Watch::WriteProtected)?;
     for _ in 0..stage.rng.usize(1..6) {
         stage.let_merge(region)?;
+        stage.check(region)?;
         stage.doing("UFFDIO_WRITEPROTECT");
         let guarded = part(stage, region);
         uffd.write_protect(guarded, true)?;
