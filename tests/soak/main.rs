@@ -32,7 +32,6 @@ use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
-use anyhow::anyhow;
 use anyhow::bail;
 use anyhow::ensure;
 use clap::Parser;
@@ -192,6 +191,8 @@ fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
 fn settings(rng: &mut Rng) -> Result<String> {
     let ksm = Ksm::from_env();
     ksm.stop()?;
+    // As long as it is on, nobody else sets the pace.
+    ksm.write_text("advisor_mode", "none")?;
     ksm.scan_at_full_speed()?;
     let mut text = String::new();
     let choices: [(&str, &[u64]); 5] = [
@@ -332,7 +333,7 @@ impl Troupe {
 
     fn failure(&self, index: usize, what: String) -> anyhow::Error {
         let slot = &self.slots[index];
-        anyhow!(Failure {
+        anyhow::Error::new(Failure {
             seed: self.seed,
             actor: self.actors[index].name,
             step: slot.steps.load(Ordering::Relaxed),
@@ -356,12 +357,14 @@ impl Troupe {
         let mut news = Instant::now();
         while !self.running.is_empty() {
             self.reports()?;
-            for running in std::mem::take(&mut self.running) {
-                let index = running.index;
-                let Some(status) = ended(running.pid)? else {
-                    self.running.push(running);
+            let mut at = 0;
+            while at < self.running.len() {
+                let Some(status) = ended(self.running[at].pid)? else {
+                    at += 1;
                     continue;
                 };
+                let running = self.running.swap_remove(at);
+                let index = running.index;
                 let slot = &self.slots[index];
                 match status {
                     WaitStatus::Exited(_, 0) => end_group(running.pid)?,
