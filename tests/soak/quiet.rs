@@ -110,7 +110,7 @@ impl Quiet {
     }
 
     /// To be called when all rounds are over: without holders and module all must be as it was before them.
-    pub fn end(mut self) -> Result<()> {
+    pub fn end(self) -> Result<()> {
         self.ksm.start()?;
         // With pages merged, or the last ones would leave an idle module.
         self.settle()?;
