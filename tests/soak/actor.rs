@@ -10,7 +10,6 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::panic::AssertUnwindSafe;
 use std::panic::catch_unwind;
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
@@ -63,8 +62,11 @@ pub struct Actor {
     /// One of process, space, pressure, pins, control.
     pub group: &'static str,
     /// One step, of about a second; of a few when the machine is slow.
-    pub step: fn(&mut Stage) -> Result<()>,
+    pub step: Step,
 }
+
+/// A function that makes one step.
+pub type Step = fn(&mut Stage) -> Result<()>;
 
 /// What the main process sees of an actor while it runs. It lives in memory that both share.
 pub struct Slot {
@@ -76,8 +78,6 @@ pub struct Slot {
     pub merged: AtomicU64,
     /// Pages that were compared with the ledger.
     pub checked: AtomicU64,
-    /// See [`Stage::may_be_killed`].
-    pub may_be_killed: AtomicBool,
     doing: [AtomicU64; 12],
     doing_len: AtomicUsize,
 }
@@ -176,12 +176,6 @@ impl Stage {
         self.slot.beats.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Says whether this actor's own process may be killed from outside, by the OOM killer for instance. It is
-    /// started anew then.
-    pub fn may_be_killed(&self, may: bool) {
-        self.slot.may_be_killed.store(may, Ordering::SeqCst);
-    }
-
     /// Notes that so many merged pages were seen: a run in which nobody ever sees one proves nothing, and fails.
     pub fn saw_merged(&self, pages: usize) {
         self.slot.merged.fetch_add(pages as u64, Ordering::Relaxed);
@@ -208,23 +202,17 @@ impl Stage {
         }
     }
 
-    /// Maps memory, which is unmapped when the step ends; regions that the step unmapped or moved itself are
-    /// made known with [`Stage::forget`] and [`Stage::adopt`].
+    /// Maps memory, which is unmapped when the step ends, unless [`Stage::forget`] is told otherwise.
     pub fn map(&mut self, mapping: Mapping) -> Result<Region> {
         let region = mapping.map().context("mapping memory")?;
         self.mapped.push(region);
         Ok(region)
     }
 
-    /// This region, or what is left of it in these bounds, is not to be unmapped any more, and the ledger forgets it.
+    /// This region is not to be unmapped any more, and the ledger forgets it.
     pub fn forget(&mut self, region: Region) {
         self.ledger.forget(region);
         self.mapped.retain(|known| known.addr != region.addr);
-    }
-
-    /// This region is to be unmapped when the step ends.
-    pub fn adopt(&mut self, region: Region) {
-        self.mapped.push(region);
     }
 
     /// Maps small pages, fills them with contents mostly common, notes those, and asks for merging.

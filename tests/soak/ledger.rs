@@ -258,15 +258,6 @@ impl Ledger {
         }
     }
 
-    /// The bytes that a region must contain.
-    pub fn bytes(&self, region: Region) -> Result<Vec<u8>> {
-        let mut bytes = Vec::with_capacity(region.len());
-        for addr in region.addresses() {
-            bytes.extend(self.pattern(addr)?.page().bytes());
-        }
-        Ok(bytes)
-    }
-
     /// Fails unless every page of a region is known and is as noted. The region must be readable.
     pub fn check(&self, region: Region) -> Result<()> {
         let range = self.range(region);

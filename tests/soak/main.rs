@@ -260,7 +260,6 @@ struct Troupe {
     corrupt: Option<String>,
     log: Log,
     running: Vec<Running>,
-    killed: u64,
 }
 
 impl Troupe {
@@ -274,7 +273,6 @@ impl Troupe {
             corrupt,
             log: Log::from_now()?,
             running: Vec::new(),
-            killed: 0,
         })
     }
 
@@ -284,7 +282,7 @@ impl Troupe {
         let deadline = begun + time;
         let played = (0..self.actors.len())
             .try_for_each(|index| self.start(index, deadline))
-            .and_then(|()| self.watch(begun, deadline));
+            .and_then(|()| self.watch(begun));
         for running in std::mem::take(&mut self.running) {
             // What had failed is told before what cannot be killed.
             let gone = end_group(running.pid);
@@ -302,7 +300,6 @@ impl Troupe {
         self.incarnations[index] += 1;
         let slot = &self.slots[index];
         self.steps_before[index] += slot.steps.swap(0, Ordering::Relaxed);
-        slot.may_be_killed.store(false, Ordering::SeqCst);
         let (near, far) = UnixStream::pair()?;
         near.set_nonblocking(true)?;
         let parent = getpid();
@@ -353,7 +350,7 @@ impl Troupe {
     }
 
     /// Until all actors have ended by themselves.
-    fn watch(&mut self, begun: Instant, deadline: Instant) -> Result<()> {
+    fn watch(&mut self, begun: Instant) -> Result<()> {
         let mut news = Instant::now();
         while !self.running.is_empty() {
             self.reports()?;
@@ -368,15 +365,6 @@ impl Troupe {
                 let slot = &self.slots[index];
                 match status {
                     WaitStatus::Exited(_, 0) => end_group(running.pid)?,
-                    WaitStatus::Signaled(_, Signal::SIGKILL, _)
-                        if slot.may_be_killed.load(Ordering::SeqCst) =>
-                    {
-                        end_group(running.pid)?;
-                        self.killed += 1;
-                        if Instant::now() < deadline {
-                            self.start(index, deadline)?;
-                        }
-                    }
                     _ => {
                         let mut said = String::new();
                         // Ends with an error for want of more, when a child still holds the other end.

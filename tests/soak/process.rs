@@ -381,15 +381,12 @@ impl OneThread {
                 }
             }
             // Changes the areas that the scanner, and the other threads' page faults, look at.
-            let advice = *self
-                .rng
-                .choice([
-                    libc::MADV_MERGEABLE,
-                    libc::MADV_UNMERGEABLE,
-                    libc::MADV_COLD,
-                ])
-                .context("advice")?;
-            memory::advise(self.region, advice)?;
+            let advices = [
+                libc::MADV_MERGEABLE,
+                libc::MADV_UNMERGEABLE,
+                libc::MADV_COLD,
+            ];
+            memory::advise(self.region, advices[self.rng.usize(..advices.len())])?;
             thread::sleep(Duration::from_millis(self.rng.u64(..40)));
             self.ledger.check(self.region)?;
             memory::advise(self.region, libc::MADV_MERGEABLE)?;
