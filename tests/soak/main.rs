@@ -362,7 +362,6 @@ impl Troupe {
                 };
                 let running = self.running.swap_remove(at);
                 let index = running.index;
-                let slot = &self.slots[index];
                 match status {
                     WaitStatus::Exited(_, 0) => end_group(running.pid)?,
                     _ => {
@@ -440,12 +439,6 @@ impl Troupe {
             if steps == 0 || checked == 0 {
                 idle.push(actor.name);
             }
-        }
-        if self.killed > 0 {
-            println!(
-                "soak: {} times an actor that may be killed was",
-                self.killed
-            );
         }
         ensure!(
             idle.is_empty(),
