@@ -1,6 +1,7 @@
 //! Processes that have memory through the whole soak, much of it like that of the actors.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::Context;
@@ -13,6 +14,7 @@ use ksm_e2e::Region;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::Pattern;
 use ksm_e2e::numa;
+use ksm_e2e::procfs::Pfn;
 
 use crate::actor;
 
@@ -136,27 +138,29 @@ impl Holders {
         Ok(())
     }
 
-    /// What could be merged is: of pages of equal contents at most one has found no partner, on each node if nodes are
-    /// kept apart. All pages must be in memory, and merging must have come to rest.
+    /// What could be merged is: of equal contents at most one page has found no partner, on each node if nodes are kept
+    /// apart. Pages that a fork has left shared are one. All pages must be in memory, and merging must have come to rest.
     pub fn expect_merged(&self, ksm: &Ksm) -> Result<()> {
         let across = !ksm.has("merge_across_nodes") || ksm.read("merge_across_nodes")? == 1;
-        let mut alone: BTreeMap<(Pattern, i32), (usize, usize)> = BTreeMap::new();
+        let mut single: BTreeMap<(Pattern, i32), BTreeSet<Pfn>> = BTreeMap::new();
         for holder in &self.0 {
             let pid = holder.child.pid();
             let nodes = numa::nodes_of(pid, holder.region)?;
             let pfns = holder.child.pfns(holder.region)?;
             for (index, (pfn, node)) in pfns.into_iter().zip(nodes).enumerate() {
                 let flags = pfn.flags()?;
-                let node = if across { 0 } else { node };
-                let (all, single) = alone.entry((holder.patterns[index], node)).or_default();
-                *all += 1;
-                *single += usize::from(!flags.ksm() && !flags.zero_page());
+                if !flags.ksm() && !flags.zero_page() {
+                    let node = if across { 0 } else { node };
+                    let key = (holder.patterns[index], node);
+                    single.entry(key).or_default().insert(pfn);
+                }
             }
         }
-        for ((pattern, node), (all, single)) in alone {
+        for ((pattern, node), pages) in single {
             ensure!(
-                single <= 1,
-                "{single} of {all} pages with {pattern:x?} (node {node}) are not merged"
+                pages.len() == 1,
+                "{} pages with {pattern:x?} (node {node}) are not merged: {pages:?}",
+                pages.len()
             );
         }
         Ok(())
