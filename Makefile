@@ -2,9 +2,9 @@
 # The project's commands; the kernel's build reads Kbuild instead. `make help` lists them.
 
 # Picked up by the scripts, from the command line or the environment.
-export KDIR KERNEL DEBUG ARCH KUNIT TEST PART SCENARIO ROUNDS QUICK CASES MUTANTS ONLY FROM TO COUNT
+export KDIR KERNEL DEBUG ARCH KUNIT TEST PART SCENARIO ROUNDS QUICK CASES MUTANTS ONLY FROM TO COUNT MINUTES SEED ACTORS PROVE
 
-.PHONY: all kernel demo test fuzz bench lint selftests faults ground cycles clean help
+.PHONY: all kernel demo test fuzz soak bench lint selftests faults ground cycles clean help
 
 all:
 	+@scripts/build >/dev/null
@@ -20,6 +20,9 @@ test:
 
 fuzz:
 	@scripts/fuzz
+
+soak:
+	@scripts/soak
 
 bench:
 	@scripts/bench
@@ -48,6 +51,7 @@ help:
 	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
 	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|races|ground|selftests"
 	@echo "make fuzz       try what the module parses with random input, on the host; CASES=4096; MUTANTS=1: that it finds what is broken"
+	@echo "make soak       try to break it on the debug kernel: MINUTES=30, SEED= repeats a run, ACTORS=names,groups; PROVE=1; DEBUG=0"
 	@echo "make bench      measure against the kernel's own KSM, natively; SCENARIO=, ROUNDS=5; QUICK=1: two minutes, to see that it works"
 	@echo "make lint       check formatting, clippy, shellcheck, where unsafe code may stand, and the reference"
 	@echo "make selftests  run the kernel's own selftests without the module and with it, and compare"

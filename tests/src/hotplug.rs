@@ -69,10 +69,15 @@ impl Block {
         Ok(text.trim_end().to_owned())
     }
 
-    /// Whether nothing in the block keeps it from going offline for good.
-    fn is_movable(self) -> Result<bool> {
+    /// Whether the block is online and all of it in the zone for memory that can be moved.
+    fn is_in_movable_zone(self) -> Result<bool> {
         let zones = fs::read_to_string(self.dir().join("valid_zones"))?;
-        if self.state()? != "online" || zones.trim_end() != "Movable" {
+        Ok(self.state()? == "online" && zones.trim_end() == "Movable")
+    }
+
+    /// Whether nothing in the block keeps it from going offline for good. This looks at every page.
+    pub fn is_movable(self) -> Result<bool> {
+        if !self.is_in_movable_zone()? {
             return Ok(false);
         }
         // A block with a bad page could not come back.
@@ -134,20 +139,38 @@ impl Drop for Keep {
     }
 }
 
-/// Brings back all blocks that are offline. Returns whether there were any.
-pub fn bring_back() -> Result<bool> {
+/// All blocks. A kernel without hotplug has none.
+fn blocks() -> Result<Vec<Block>> {
     let Ok(entries) = fs::read_dir(MEMORY) else {
-        // This kernel has no hotplug.
-        return Ok(false);
+        return Ok(Vec::new());
     };
-    let mut any = false;
+    let pages = pages_per_block()?;
+    let mut blocks = Vec::new();
     for entry in entries {
         let name = entry?.file_name();
         let number = name.to_str().and_then(|name| name.strip_prefix("memory"));
-        let Some(number) = number.and_then(|number| number.parse().ok()) else {
-            continue;
-        };
-        let block = Block { number, pages: 1 };
+        if let Some(number) = number.and_then(|number| number.parse().ok()) {
+            blocks.push(Block { number, pages });
+        }
+    }
+    Ok(blocks)
+}
+
+/// All blocks that are online and consist of memory that can be moved.
+pub fn movable_blocks() -> Result<Vec<Block>> {
+    let mut movable = Vec::new();
+    for block in blocks()? {
+        if block.is_in_movable_zone()? {
+            movable.push(block);
+        }
+    }
+    Ok(movable)
+}
+
+/// Brings back all blocks that are offline. Returns whether there were any.
+pub fn bring_back() -> Result<bool> {
+    let mut any = false;
+    for block in blocks()? {
         if block.state()? == "offline" {
             block.online()?;
             any = true;

@@ -55,7 +55,10 @@ impl Pfn {
 
     /// The same for as many pages from this one on.
     pub fn flags_from_here(self, pages: usize) -> Result<Vec<PageFlags>> {
-        let file = File::open("/proc/kpageflags").context("/proc/kpageflags")?;
+        self.flags_in(&kpageflags()?, pages)
+    }
+
+    fn flags_in(self, file: &File, pages: usize) -> Result<Vec<PageFlags>> {
         let mut bytes = vec![0; pages * 8];
         file.read_exact_at(&mut bytes, self.0 * 8)
             .with_context(|| format!("flags of {pages} pages from {self:?} on"))?;
@@ -171,12 +174,17 @@ pub fn pfns(pid: i32, region: Region) -> Result<Vec<Pfn>> {
     Ok(pfns)
 }
 
+fn kpageflags() -> Result<File> {
+    File::open("/proc/kpageflags").context("/proc/kpageflags")
+}
+
 /// How many pages of a region are present and KSM pages.
 pub fn ksm_pages(pid: i32, region: Region) -> Result<usize> {
+    let file = kpageflags()?;
     let mut count = 0;
     for entry in map_entries(pid, region)? {
         if let Some(pfn) = entry.pfn()
-            && pfn.flags()?.ksm()
+            && pfn.flags_in(&file, 1)?[0].ksm()
         {
             count += 1;
         }

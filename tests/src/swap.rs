@@ -133,6 +133,11 @@ impl Group {
         write(self.0.join("cgroup.procs"), &child.pid().to_string())
     }
 
+    /// Writes to one of the group's files, `memory.max` for instance.
+    pub fn set(&self, file: &str, text: &str) -> Result<()> {
+        write(self.0.join(file), text)
+    }
+
     /// Lets the group have what it has now, and so many bytes more.
     pub fn fill_up(&self, room: usize) -> Result<()> {
         // What it could give up would make room later.

@@ -1,0 +1,49 @@
+//! Whoever has the machine in hand changes their mind: knobs, the module itself, CPUs, suspending.
+
+mod cpus;
+mod freeze;
+mod knobs;
+mod reload;
+
+use anyhow::Result;
+use anyhow::ensure;
+use ksm_e2e::module;
+
+use crate::actor::Actor;
+use crate::actor::Stage;
+
+/// All actors of this group.
+pub fn actors() -> Vec<Actor> {
+    let steps: [(_, fn(&mut Stage) -> Result<()>); 7] = [
+        ("knobs-1", knobs::rewrite),
+        ("knobs-2", knobs::rewrite),
+        ("knobs-3", knobs::rewrite),
+        ("run", knobs::cycle_run),
+        ("reload", reload::unload_and_load),
+        ("cpus", cpus::take_offline_and_back),
+        ("freeze", freeze::freeze),
+    ];
+    let actor = |(name, step)| Actor {
+        name,
+        group: "control",
+        step,
+    };
+    steps.into_iter().map(actor).collect()
+}
+
+/// Nothing: see [`Prepared::undo`].
+pub struct Prepared;
+
+/// Looks that there is something to control.
+pub fn prepare(_: &[Actor]) -> Result<Prepared> {
+    cpus::expect_all_online()?;
+    Ok(Prepared)
+}
+
+impl Prepared {
+    /// Fails if an actor has left the system without the module, or without a CPU.
+    pub fn undo(self) -> Result<()> {
+        ensure!(module::loaded()?, "the module was left unloaded");
+        cpus::expect_all_online()
+    }
+}

@@ -1,0 +1,25 @@
+//! The system is suspended as far as a virtual machine bears it: every task is frozen and thawed.
+
+use anyhow::Context;
+use anyhow::Result;
+use ksm_e2e::freezer::Freezer;
+
+use crate::actor::Stage;
+
+/// See the module.
+pub fn freeze(stage: &mut Stage) -> Result<()> {
+    let pages = stage.rng.usize(16..256);
+    let region = stage.mergeable(pages)?;
+    for _ in 0..stage.rng.usize(1..4) {
+        stage.let_merge(region)?;
+        stage.paint_some(region, 20)?;
+    }
+    let freezer = Freezer::new()?;
+    for _ in 0..stage.rng.usize(1..3) {
+        stage.doing("freezing all tasks");
+        freezer.freeze(0).context("freezing all tasks")?;
+        stage.check_all()?;
+        stage.dally(100);
+    }
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! The module goes and comes back, with pages merged and without; now and then the kernel's own KSM has a turn between.
+
+use std::ffi::CString;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+use ksm_e2e::Ksm;
+use ksm_e2e::Region;
+use ksm_e2e::ksm::STOCK;
+use ksm_e2e::module;
+use ksm_e2e::procfs;
+use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
+use nix::errno::Errno;
+use nix::kmod::DeleteModuleFlags;
+use nix::kmod::delete_module;
+
+use super::knobs;
+use crate::actor::Stage;
+
+/// Unloads, with signs of life. While somebody has one of the files open the kernel refuses.
+fn unload(stage: &Stage) -> Result<()> {
+    let name = CString::new(module::NAME)?;
+    wait::until("the module is unloaded", PATIENCE, || {
+        stage.beat();
+        match delete_module(&name, DeleteModuleFlags::O_NONBLOCK) {
+            Ok(()) => Ok(true),
+            Err(Errno::EAGAIN | Errno::EBUSY) => Ok(false),
+            Err(errno) => bail!("rmmod: {errno}"),
+        }
+    })
+}
+
+/// The kernel's own KSM merges for a while, and gives everything back.
+fn let_stock_merge(stage: &mut Stage, region: Region) -> Result<()> {
+    stage.doing("letting the kernel's own KSM merge");
+    let stock = Ksm::at(STOCK);
+    let before = stock.remember()?;
+    stock.scan_fast()?;
+    stock.start()?;
+    stage.let_merge(region)?;
+    stage.check_all()?;
+    // It may not find the memory for that at once.
+    wait::until(
+        "the kernel's own KSM has unmerged everything",
+        PATIENCE,
+        || {
+            stage.beat();
+            Ok(stock.unmerge().is_ok() && stock.read("pages_shared")? == 0)
+        },
+    )?;
+    before.finish()?;
+    stage.check_all()
+}
+
+/// See the module.
+pub fn unload_and_load(stage: &mut Stage) -> Result<()> {
+    let pages = stage.rng.usize(64..512);
+    let region = stage.mergeable(pages)?;
+    for _ in 0..stage.rng.usize(1..4) {
+        stage.let_merge(region)?;
+        stage.check(region)?;
+    }
+    if stage.rng.u32(..4) == 0 {
+        stage.doing("unmerging");
+        // Nothing is merged when the module goes, unless somebody starts it again.
+        let _ = stage.ksm.unmerge();
+    }
+    stage.doing("unloading");
+    unload(stage)?;
+    let left = procfs::ksm_pages(std::process::id() as i32, region)?;
+    ensure!(left == 0, "{left} merged pages have outlived the module");
+    stage.check_all()?;
+    if stage.rng.u32(..4) == 0 {
+        let_stock_merge(stage, region)?;
+    }
+    stage.doing("loading");
+    let run = stage.rng.choice(["0", "1", "1", "1", "2"]).context("run")?;
+    let drop_in = stage.rng.choice(["0", "1"]).context("drop_in")?;
+    module::load(&format!("run={run} drop_in={drop_in}"))?;
+    stage.dally(50);
+    knobs::flat_out(&stage.ksm)?;
+    stage.let_merge(region)?;
+    stage.check_all()
+}

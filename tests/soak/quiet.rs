@@ -1,0 +1,221 @@
+//! The system when no actor runs: everything that is counted must be exact, and nothing may be left of anything.
+//!
+//! A few [`holders`] have memory through the whole soak, so that there is something to count when the actors are gone.
+//! A [`census`] of all page tables says what the counters ought to say. [`leaks`] knows what there was of the kernel's
+//! objects before the module was loaded.
+
+mod census;
+mod holders;
+mod leaks;
+mod tasks;
+
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+use fastrand::Rng;
+use ksm_e2e::Ksm;
+use ksm_e2e::ksm::STOCK;
+use ksm_e2e::module;
+use ksm_e2e::procfs;
+use ksm_e2e::wait;
+
+use census::Census;
+use holders::Holders;
+use leaks::Objects;
+
+/// Passes in a row without any change after which nothing more is to be expected: a page is looked for in the trees
+/// when it has not changed from one pass to the next, and its partner may come upon it one later.
+const UNCHANGED: usize = 3;
+
+/// Passes after which merging must have come to rest.
+const MANY: usize = 60;
+
+/// How long a mapping may take to go from a counter, on a fast kernel: the dead are buried between two turns.
+const BURIAL: Duration = Duration::from_secs(30);
+
+/// What the counters say that must come to rest.
+const RESTING: [&str; 7] = [
+    "pages_shared",
+    "pages_sharing",
+    "pages_unshared",
+    "pages_volatile",
+    "stable_node_chains",
+    "stable_node_dups",
+    "ksm_zero_pages",
+];
+
+/// See the module.
+pub struct Quiet {
+    ksm: Ksm,
+    rng: Rng,
+    objects: Objects,
+    /// Names, modes and values of the files of the kernel's own KSM.
+    stock: Vec<(String, u32, String)>,
+    holders: Holders,
+}
+
+/// Those files of the kernel's own KSM that tell of more than what is now.
+const HISTORY: [&str; 3] = ["full_scans", "pages_scanned", "pages_skipped"];
+
+fn stock_files() -> Result<Vec<(String, u32, String)>> {
+    let files = Ksm::at(STOCK).snapshot()?;
+    Ok(files
+        .into_iter()
+        .filter(|(name, _)| !HISTORY.contains(&name.as_str()))
+        .map(|(name, (mode, text))| (name, mode, text))
+        .collect())
+}
+
+impl Quiet {
+    /// Notes how things are without the module, which is loaded before and after, and lets the holders begin.
+    pub fn new(seed: u64) -> Result<Self> {
+        let ksm = Ksm::from_env();
+        module::unload()?;
+        let stock = stock_files()?;
+        let objects = Objects::count()?;
+        module::load("")?;
+        let mut rng = Rng::with_seed(seed.wrapping_add(1));
+        let holders = Holders::spawn(&mut rng)?;
+        Ok(Self {
+            ksm,
+            rng,
+            objects,
+            stock,
+            holders,
+        })
+    }
+
+    /// To be called when a round is over. Nothing is merged when this returns, and `run` is 2.
+    pub fn between(&mut self) -> Result<()> {
+        tasks::expect_none_stuck()?;
+        self.holders.verify()?;
+        self.scan_as_usual()?;
+        for write in [false, true] {
+            if write {
+                self.holders.write_some(&mut self.rng)?;
+            }
+            let passes = self.settle()?;
+            let census = Census::take()?;
+            self.expect_exact(&census)?;
+            self.holders.expect_merged(&self.ksm)?;
+            self.holders.verify()?;
+            println!("soak: quiet after {passes} passes: {census}");
+        }
+        self.ksm.unmerge()?;
+        self.expect_nothing_merged()?;
+        self.holders.verify()
+    }
+
+    /// To be called when all rounds are over: without holders and module all must be as it was before them.
+    pub fn end(self) -> Result<()> {
+        self.ksm.start()?;
+        // With pages merged, or the last ones would leave an idle module.
+        self.settle()?;
+        let Self {
+            holders,
+            stock,
+            objects,
+            ..
+        } = self;
+        let one = holders.exit_all_but_one()?;
+        module::unload()?;
+        one.expect_private()?;
+        one.exit()?;
+        let after = stock_files()?;
+        ensure!(
+            after == stock,
+            "the files of the kernel's own KSM were {stock:?}, and are {after:?}"
+        );
+        objects.expect_no_more()?;
+        leaks::expect_none_lost()?;
+        tasks::expect_none_stuck()
+    }
+
+    /// Knobs under which a page that can be merged is, within a few passes; what decides with what stays as the actors
+    /// have left it.
+    fn scan_as_usual(&self) -> Result<()> {
+        self.ksm.write_text("advisor_mode", "none")?;
+        self.ksm.scan_fast()?;
+        self.ksm.write("smart_scan", 0)?;
+        self.ksm.start()
+    }
+
+    /// Scans until whole passes change nothing.
+    fn settle(&self) -> Result<usize> {
+        let read =
+            || -> Result<Vec<u64>> { RESTING.iter().map(|name| self.ksm.read(name)).collect() };
+        let mut before = Vec::new();
+        let mut unchanged = 0;
+        for pass in 1..=MANY {
+            self.ksm.full_scans(1)?;
+            let now = read()?;
+            unchanged = if now == before { unchanged + 1 } else { 0 };
+            if unchanged == UNCHANGED {
+                return Ok(pass);
+            }
+            before = now;
+        }
+        bail!("merging has not come to rest after {MANY} passes: {RESTING:?} are {before:?}")
+    }
+
+    /// Every counter says what the page tables do.
+    fn expect_exact(&self, census: &Census) -> Result<()> {
+        let mut wrong = census.problems()?;
+        let mut expect = |name: &str, wanted: u64| -> Result<()> {
+            let said = self.ksm.read(name)?;
+            if said != wanted {
+                wrong.push(format!("{name} is {said}, but there are {wanted}"));
+            }
+            Ok(())
+        };
+        expect("pages_shared", census.pages())?;
+        expect("pages_sharing", census.mappings() - census.pages())?;
+        expect("ksm_zero_pages", census.zero_pages())?;
+        let counters = self.ksm.counters()?;
+        let known = counters.shared + counters.sharing + counters.unshared + counters.volatile;
+        if known != census.items() {
+            wrong.push(format!(
+                "{counters} are {known} pages known, but all processes together have {}",
+                census.items()
+            ));
+        }
+        ensure!(
+            census.mappings() > census.pages(),
+            "nothing is merged: {census}"
+        );
+        ensure!(wrong.is_empty(), "counters are off: {wrong:#?}; {census}");
+        Ok(())
+    }
+
+    fn expect_nothing_merged(&self) -> Result<()> {
+        wait::until_or_explain("the counters are 0 after run=2", BURIAL, || {
+            let mut left = Vec::new();
+            for name in RESTING {
+                let said = self.ksm.read(name)?;
+                if said != 0 {
+                    left.push(format!("{name} is {said}"));
+                }
+            }
+            Ok((!left.is_empty()).then(|| left.join(", ")))
+        })?;
+        let census = Census::take()?;
+        ensure!(
+            census.mappings() == 0 && census.zero_pages() == 0 && census.items() == 0,
+            "run=2 has left something: {census}"
+        );
+        let wrong = census.problems()?;
+        ensure!(wrong.is_empty(), "counters are off: {wrong:#?}; {census}");
+        let run = self.ksm.read("run")?;
+        ensure!(run == 2, "run is {run}");
+        let profit = self.ksm.read_signed("general_profit")?;
+        ensure!(
+            profit == 0,
+            "general_profit is {profit} with nothing merged"
+        );
+        procfs::pid_of("ksmd_rs")?.context("the thread is gone")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,208 @@
+//! What page tables say of merged pages, over all processes.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::fmt;
+use std::fs;
+
+use anyhow::Result;
+use ksm_e2e::Region;
+use ksm_e2e::memory::PAGE;
+use ksm_e2e::procfs;
+use ksm_e2e::procfs::PageFlags;
+use ksm_e2e::procfs::Pfn;
+
+/// Areas begin below this address, but for one of the kernel's own that looks like a process's.
+const END: usize = 1 << 47;
+
+/// A process and what it maps.
+struct Process {
+    pid: i32,
+    name: String,
+    /// Mappings of KSM pages.
+    merged: u64,
+    /// Mappings of the zero page in memory that may be merged.
+    zero: u64,
+    /// Mappings of anonymous pages, KSM pages among them.
+    anonymous: u64,
+    /// Pages that the module knows, as `/proc` says.
+    items: u64,
+}
+
+/// See the module. Nothing may be going on while it is taken.
+pub struct Census {
+    processes: Vec<Process>,
+    /// The KSM pages, and how many page table entries map each.
+    pages: BTreeMap<Pfn, u64>,
+}
+
+/// The areas of a process that begin and end where a page does, and whether each may be merged.
+fn areas(pid: i32) -> Result<Vec<(Region, bool)>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut areas: Vec<(Region, bool)> = Vec::new();
+    for line in text.lines() {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if let Some((_, mergeable)) = areas.last_mut() {
+                *mergeable = flags.split_whitespace().any(|flag| flag == "mg");
+            }
+        } else if let Some((start, end)) = first.split_once('-') {
+            let (addr, end) = (
+                usize::from_str_radix(start, 16)?,
+                usize::from_str_radix(end, 16)?,
+            );
+            let pages = (end - addr) / PAGE;
+            areas.push((Region { addr, pages }, false));
+        }
+    }
+    areas.retain(|(region, _)| region.addr < END);
+    Ok(areas)
+}
+
+impl Census {
+    /// Counts.
+    pub fn take() -> Result<Self> {
+        let mut census = Self {
+            processes: Vec::new(),
+            pages: BTreeMap::new(),
+        };
+        let mut flags = HashMap::new();
+        for entry in fs::read_dir("/proc")? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            // One that has just ended has no memory any more, and kernel threads never have.
+            let Ok(areas) = areas(pid) else { continue };
+            if areas.is_empty() {
+                continue;
+            }
+            let name = fs::read_to_string(entry.path().join("comm"))?;
+            let process = census.count(pid, name.trim_end().to_owned(), &areas, &mut flags)?;
+            census.processes.push(process);
+        }
+        Ok(census)
+    }
+
+    fn count(
+        &mut self,
+        pid: i32,
+        name: String,
+        areas: &[(Region, bool)],
+        known: &mut HashMap<Pfn, PageFlags>,
+    ) -> Result<Process> {
+        let mut process = Process {
+            pid,
+            name,
+            merged: 0,
+            zero: 0,
+            anonymous: 0,
+            items: procfs::ksm_stat(pid, "ksm_rmap_items")?,
+        };
+        for (region, mergeable) in areas {
+            for entry in procfs::map_entries(pid, *region)? {
+                let Some(pfn) = entry.pfn() else { continue };
+                let flags = match known.get(&pfn) {
+                    Some(flags) => *flags,
+                    None => {
+                        let flags = pfn.flags()?;
+                        known.insert(pfn, flags);
+                        flags
+                    }
+                };
+                process.anonymous += u64::from(flags.anonymous());
+                process.zero += u64::from(*mergeable && flags.zero_page());
+                if flags.ksm() {
+                    process.merged += 1;
+                    *self.pages.entry(pfn).or_default() += 1;
+                }
+            }
+        }
+        Ok(process)
+    }
+
+    /// KSM pages.
+    pub fn pages(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// Mappings of them.
+    pub fn mappings(&self) -> u64 {
+        self.pages.values().sum()
+    }
+
+    /// Mappings of the zero page that stand for empty pages.
+    pub fn zero_pages(&self) -> u64 {
+        self.processes.iter().map(|process| process.zero).sum()
+    }
+
+    /// Pages that the module knows.
+    pub fn items(&self) -> u64 {
+        self.processes.iter().map(|process| process.items).sum()
+    }
+
+    /// Where what the kernel says of single processes and pages is not what their page tables say.
+    pub fn problems(&self) -> Result<Vec<String>> {
+        let me = std::process::id() as i32;
+        let mut problems = Vec::new();
+        for process in &self.processes {
+            let pid = process.pid;
+            let mut expect = |what: &str, said: u64, seen: u64| {
+                if said != seen {
+                    let name = &process.name;
+                    problems.push(format!(
+                        "{what} of {name} {pid} is {said}, but there are {seen}"
+                    ));
+                }
+            };
+            expect(
+                "ksm_merging_pages",
+                procfs::ksm_merging_pages(pid)?,
+                process.merged,
+            );
+            expect(
+                "ksm_merging_pages in ksm_stat",
+                procfs::ksm_stat(pid, "ksm_merging_pages")?,
+                process.merged,
+            );
+            expect(
+                "ksm_zero_pages",
+                procfs::ksm_stat(pid, "ksm_zero_pages")?,
+                process.zero,
+            );
+            // This process's own memory grows as it counts.
+            if pid != me {
+                let kilobytes = procfs::status(pid, "RssAnon")?;
+                expect(
+                    "RssAnon, in pages,",
+                    kilobytes * 1024 / PAGE as u64,
+                    process.anonymous,
+                );
+            }
+        }
+        for (pfn, &seen) in &self.pages {
+            let said = procfs::mappings(*pfn)?;
+            if said != seen {
+                problems.push(format!(
+                    "{pfn:?} has {said} mappings, but {seen} were found"
+                ));
+            }
+        }
+        Ok(problems)
+    }
+}
+
+impl fmt::Display for Census {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} processes have {} mappings of {} KSM pages, {} of the zero page; {} pages are known",
+            self.processes.len(),
+            self.mappings(),
+            self.pages(),
+            self.zero_pages(),
+            self.items()
+        )
+    }
+}
