@@ -32,6 +32,7 @@ use kernel::{
 mod advisor;
 mod arena;
 mod btf;
+mod domain;
 mod engine;
 mod forest;
 mod hash;
@@ -68,6 +69,9 @@ mod kunit_arena;
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/btf.rs"]
 mod kunit_btf;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/domain.rs"]
+mod kunit_domain;
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/forest.rs"]
 mod kunit_forest;

@@ -16,6 +16,8 @@ use kernel::prelude::*;
 pub(crate) struct MmSlot {
     /// The address space.
     pub(crate) space: AddressSpace,
+    /// Its number among all that there have ever been.
+    pub(crate) number: u64,
     /// Its item with the lowest address.
     pub(crate) first: Id,
     /// The last round of unmerging that it has been through; 0 if none.
@@ -30,6 +32,8 @@ pub(crate) struct MmSlot {
 pub(crate) struct Slots {
     table: KVVec<Option<MmSlot>>,
     vacant: KVVec<SlotId>,
+    /// How many address spaces there have been.
+    inserted: u64,
 }
 
 impl Slots {
@@ -38,6 +42,7 @@ impl Slots {
         Self {
             table: KVVec::new(),
             vacant: KVVec::new(),
+            inserted: 0,
         }
     }
 
@@ -77,9 +82,11 @@ impl Slots {
             let first = Id::NIL;
             *entry = Some(MmSlot {
                 space,
+                number: self.inserted,
                 first,
                 unmerged: 0,
             });
+            self.inserted = self.inserted.wrapping_add(1);
             self.vacant.pop();
         }
     }

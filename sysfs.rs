@@ -158,6 +158,12 @@ file!(
     |ksm, text| ksm.set_max_page_sharing(knobs::max_page_sharing(text)?)
 );
 file!(
+    MergeScope,
+    c"merge_scope",
+    |ksm| ksm.merge_scope().choice(),
+    |ksm, text| ksm.set_merge_scope(knobs::merge_scope(text)?)
+);
+file!(
     UseZeroPages,
     c"use_zero_pages",
     |ksm| ksm.knobs.use_zero_pages(),
@@ -343,6 +349,7 @@ files!(
     StableNodeDups,
     AllocFailures,
     ScanThreads,
+    MergeScope,
 );
 
 /// Reads a file.
