@@ -4,19 +4,21 @@
 
 #![forbid(unsafe_code)]
 
-use crate::domain::Scope;
-use crate::knobs::{
-    advisor_mode,
-    any_uint,
-    any_ulong,
-    max_page_sharing,
-    merge_across_nodes,
-    merge_scope,
-    run,
-    smart_scan,
-    target_scan_time,
-    Knobs,
-    Run, //
+use crate::{
+    domain::Scope,
+    knobs::{
+        advisor_mode,
+        any_uint,
+        any_ulong,
+        max_page_sharing,
+        merge_across_nodes,
+        merge_scope,
+        run,
+        smart_scan,
+        target_scan_time,
+        Knobs,
+        Run, //
+    }, //
 };
 use kernel::prelude::*;
 

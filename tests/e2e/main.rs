@@ -14,6 +14,7 @@ mod hugepages;
 mod hwpoison;
 mod knobs;
 mod lifecycle;
+mod merge_scope;
 mod merging;
 mod numa;
 mod pins;
@@ -68,6 +69,7 @@ fn main() -> anyhow::Result<()> {
     tests.extend(freezer::tests());
     if !ksm.is_stock() {
         tests.extend(threads::tests());
+        tests.extend(merge_scope::tests());
     }
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());
