@@ -6,8 +6,8 @@
 //! that its use leaves in the caches: both tell a process what others have in their memory. So pages are merged within a
 //! domain only, and `merge_scope` says what makes one.
 //!
-//! Domains are compared exactly before anything is merged. That they are mixed into the hashes too is a matter of
-//! speed: pages of other domains are not in the way of a search.
+//! Domains are compared exactly before anything is merged. They are mixed into the hashes too, so that pages of other
+//! domains are not in the way of a search, and a page whose domain changes looks for its like anew.
 
 #![forbid(unsafe_code)]
 

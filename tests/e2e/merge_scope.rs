@@ -569,7 +569,13 @@ fn domains_change_while_all_is_scanned(ksm: &Ksm) -> Result<()> {
         random.choice(&groups).context("a group")?.add(child)?;
         match round % 5 {
             0 => child.verify(*region, CONTENT)?,
-            1 => child.fill(region.part(random.usize(..90), 10), Content::Same(9))?,
+            1 => {
+                let first = random.usize(..90);
+                let part = region.part(first, 10);
+                child.fill(part, Content::Same(9))?;
+                child.verify(part, Content::Same(9))?;
+                child.fill(part, CONTENT.from_page(first))?;
+            }
             2 => child.fill(*region, CONTENT)?,
             3 => late.push((child.fork()?, *region)),
             _ => drop(late.pop()),
