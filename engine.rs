@@ -20,6 +20,10 @@ use crate::{
         self,
         Point, //
     },
+    domain::{
+        Domain,
+        Scope, //
+    },
     hash,
     items::{
         ContentHash,
@@ -122,6 +126,8 @@ pub(crate) struct Engine {
     pub(crate) round: u32,
     /// Whether pages of different NUMA nodes may be merged.
     pub(crate) merge_across_nodes: bool,
+    /// Whose pages are merged with whose. Changes only while none are.
+    pub(crate) scope: Scope,
 }
 
 impl Engine {
@@ -145,6 +151,7 @@ impl Engine {
             max_page_sharing: MAX_PAGE_SHARING,
             round: 0,
             merge_across_nodes: true,
+            scope: Scope::Global,
         })
     }
 
@@ -181,6 +188,22 @@ impl Engine {
             0
         } else {
             nid
+        }
+    }
+
+    /// The domain that an address space belongs to now. `None`: that cannot be told, as nobody runs in it. One whose
+    /// owner has rights of several users is a domain of its own.
+    pub(crate) fn domain_of(&self, slot: SlotId) -> Option<Domain> {
+        if self.scope == Scope::Global {
+            return Some(Domain::COMMON);
+        }
+        let slot = self.slots.get(slot)?;
+        let alone = Domain::of_process(slot.serial);
+        match self.scope {
+            Scope::Global => Some(Domain::COMMON),
+            Scope::Cgroup => slot.space.memory_cgroup().map(Domain::of_cgroup),
+            Scope::User => (slot.space.users()).map(|ids| Domain::of_user(ids).unwrap_or(alone)),
+            Scope::Process => Some(alone),
         }
     }
 

@@ -399,6 +399,39 @@ void ksm_rs_task_unlock(struct task_struct *task)
 	task_unlock(task);
 }
 
+struct task_struct *ksm_rs_mm_owner(struct mm_struct *mm)
+{
+#ifdef CONFIG_MEMCG
+	return rcu_dereference(mm->owner);
+#else
+	return NULL;
+#endif
+}
+
+bool ksm_rs_task_is_new(struct task_struct *task)
+{
+	return READ_ONCE(task->__state) == TASK_NEW;
+}
+
+u64 ksm_rs_task_memcg_id(struct task_struct *task)
+{
+#ifdef CONFIG_MEMCG
+	return mem_cgroup_id(mem_cgroup_from_task(task));
+#else
+	return 0;
+#endif
+}
+
+bool ksm_rs_memcg_disabled(void)
+{
+	return mem_cgroup_disabled();
+}
+
+const struct cred *ksm_rs_task_cred(struct task_struct *task)
+{
+	return __task_cred(task);
+}
+
 struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data, int number)
 {
 	return kthread_run(thread, data, number ? "ksmd_rs/%d" : "ksmd_rs", number);

@@ -7,6 +7,7 @@
 #define KSM_RS_HELPERS_H
 
 #include <linux/mm.h>
+#include <linux/cred.h>
 #include <linux/freezer.h>
 #include <linux/kallsyms.h>
 #include <linux/kobject.h>
@@ -15,6 +16,7 @@
 #include <linux/kthread.h>
 #include <linux/swap.h>
 #include <linux/leafops.h>
+#include <linux/memcontrol.h>
 #include <linux/memory.h>
 #include <linux/mm_inline.h>
 #include <linux/mmu_notifier.h>
@@ -183,6 +185,11 @@ struct task_struct *ksm_rs_next_thread(struct task_struct *task);
 struct mm_struct *ksm_rs_task_user_mm(struct task_struct *task);
 void ksm_rs_task_lock(struct task_struct *task);
 void ksm_rs_task_unlock(struct task_struct *task);
+struct task_struct *ksm_rs_mm_owner(struct mm_struct *mm);
+bool ksm_rs_task_is_new(struct task_struct *task);
+u64 ksm_rs_task_memcg_id(struct task_struct *task);
+bool ksm_rs_memcg_disabled(void);
+const struct cred *ksm_rs_task_cred(struct task_struct *task);
 struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data, int number);
 void ksm_rs_set_user_nice(long nice);
 unsigned long long ksm_rs_cpu_time(void);

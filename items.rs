@@ -10,6 +10,7 @@ use crate::{
         Id,
         Record, //
     },
+    domain::Domain,
     forest::Keyed,
     mm::node::RmapItem,
     rbtree::{
@@ -31,7 +32,7 @@ const SLOT_BITS: u32 = 18;
 /// Most address spaces that can be scanned at a time.
 pub(crate) const MAX_SLOTS: SlotId = 1 << SLOT_BITS;
 
-/// The hash of a page's contents as the trees use it.
+/// The hash of a page's contents, and of the domain that it belongs to, as the trees use it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct ContentHash(u64);
 
@@ -42,6 +43,11 @@ impl ContentHash {
             0 => Self(HASH_MASK),
             hash => Self(hash),
         }
+    }
+
+    /// The same contents in a domain, where they are equal to none of another domain's.
+    pub(crate) fn in_domain(self, domain: Domain) -> Self {
+        Self::new(self.0 ^ domain.mix())
     }
 
     /// As a key for a forest.

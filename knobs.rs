@@ -6,6 +6,7 @@
 
 use crate::{
     advisor::Limits,
+    domain::Scope,
     parse, //
 };
 use kernel::{
@@ -68,6 +69,12 @@ pub(crate) fn merge_across_nodes(text: &CStr) -> Result<bool> {
         1 => Ok(true),
         _ => Err(EINVAL),
     }
+}
+
+/// What `merge_scope` takes: the name of a scope; `EINVAL` for all else.
+pub(crate) fn merge_scope(text: &CStr) -> Result<Scope> {
+    let named = |scope: &Scope| parse::is_word(text, scope.name());
+    Scope::ALL.into_iter().find(named).ok_or(EINVAL)
 }
 
 /// What `use_zero_pages` takes: what `kstrtobool()` does; `EINVAL` for all else.

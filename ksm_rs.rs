@@ -34,6 +34,7 @@ mod advisor;
 mod arena;
 mod btf;
 mod delay;
+mod domain;
 mod engine;
 mod forest;
 mod hash;
@@ -70,6 +71,9 @@ mod kunit_arena;
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/btf.rs"]
 mod kunit_btf;
+#[cfg(ksm_rs_kunit)]
+#[path = "tests-kunit/domain.rs"]
+mod kunit_domain;
 #[cfg(ksm_rs_kunit)]
 #[path = "tests-kunit/forest.rs"]
 mod kunit_forest;

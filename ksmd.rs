@@ -13,6 +13,7 @@ use crate::{
         self,
         Point, //
     },
+    domain::Scope,
     engine::{
         Engine,
         Policy, //
@@ -35,6 +36,7 @@ use crate::{
             Bystander,
             OfflineRange, //
         },
+        owner,
         walk::BATCH_PAGES, //
     },
     registry::Registry,
@@ -226,6 +228,31 @@ impl Ksm {
         if guard.engine.merge_across_nodes != across {
             self.no_stable_nodes(&mut guard.engine)?;
             guard.engine.merge_across_nodes = across;
+        }
+        Ok(())
+    }
+
+    /// Whose pages are merged with whose. Sleeps.
+    pub(crate) fn merge_scope(&self) -> Scope {
+        self.state.lock().engine.scope
+    }
+
+    /// Carries out a write to `merge_scope`. Sleeps. `Err(EBUSY)`: pages are shared; `Err(EOPNOTSUPP)`: the kernel does
+    /// not know what it would go by.
+    pub(crate) fn set_merge_scope(&self, scope: Scope) -> Result {
+        let known = match scope {
+            Scope::Global | Scope::Process => true,
+            Scope::Cgroup => owner::has_memory_cgroups(),
+            Scope::User => owner::OWNERS,
+        };
+        if !known {
+            return Err(EOPNOTSUPP);
+        }
+        let _control = self.control.lock();
+        let mut guard = self.engine();
+        if guard.engine.scope != scope {
+            self.no_stable_nodes(&mut guard.engine)?;
+            guard.engine.scope = scope;
         }
         Ok(())
     }

@@ -13,6 +13,10 @@ use crate::{
         self,
         Point, //
     },
+    domain::{
+        Domain,
+        Scope, //
+    },
     engine::{
         Engine,
         MergedRmap,
@@ -106,15 +110,15 @@ impl Engine {
         }
     }
 
-    /// Decides on the page of an item. Sleeps.
-    pub(crate) fn consider(&mut self, id: Id, seen: Seen, policy: Policy) {
+    /// Decides on the page of an item in an address space of `domain`. Sleeps.
+    pub(crate) fn consider(&mut self, id: Id, seen: Seen, domain: Domain, policy: Policy) {
         if !matches!(seen, Seen::Merged(..)) && self.is_merged_now(id) {
             // By one before it in the batch, or by another thread, after it was seen.
             return;
         }
         match seen {
-            Seen::Page { hash, nid } => self.consider_page(id, hash, nid, policy),
-            Seen::Merged(node, nid) => self.consider_merged(id, node, nid),
+            Seen::Page { hash, nid } => self.consider_page(id, hash, nid, domain, policy),
+            Seen::Merged(node, nid) => self.consider_merged(id, node, nid, domain),
             Seen::Foreign => {
                 self.detach(id);
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
@@ -130,29 +134,44 @@ impl Engine {
             return false;
         };
         let node = self.rmaps.get(rmap).and_then(|rmap| rmap.node);
-        let Some(node) = node.and_then(|node| self.stable.node(node)) else {
+        node.is_some_and(|node| self.maps_page_of(id, node))
+    }
+
+    /// Whether a node's page is what is mapped in the item's place. Sleeps.
+    fn maps_page_of(&self, id: Id, node: Id) -> bool {
+        let Some(node) = self.stable.node(node) else {
             return false;
         };
         self.fetch(id)
             .is_some_and(|page| page.is_ksm() && node.stands_for(&page))
     }
 
-    fn consider_page(&mut self, id: Id, hash: ContentHash, nid: usize, policy: Policy) {
+    fn consider_page(
+        &mut self,
+        id: Id,
+        contents: ContentHash,
+        nid: usize,
+        domain: Domain,
+        policy: Policy,
+    ) {
         if policy.smart_scan {
             if let Some(item) = self.items.get_mut(id) {
                 item.grow_older();
             }
         }
         let nid = self.forest_of(nid);
-        let zero = policy.use_zero_pages && hash == self.empty;
+        // The zero page is everybody's, and is mapped whether or not others have empty pages: it tells nothing of them.
+        let zero = policy.use_zero_pages && contents == self.empty;
+        // In another domain it is another page, and has to look for its like anew.
+        let hash = contents.in_domain(domain);
         let Some(item) = self.items.get(id) else {
             return;
         };
         let unchanged = item.hash() == hash;
         let settled = item.state() == State::Unstable(Planted { nid, twin: false });
         // It has looked for its like in the unstable tree before, and what came later has looked for it.
-        if unchanged && settled && !zero && self.stable.first_equal(nid, hash).is_none() {
-            self.trace_lookup(true, nid, hash);
+        if unchanged && settled && !zero && self.stable.first_equal(nid, hash, domain).is_none() {
+            self.trace_lookup(true, nid, hash, domain);
             return;
         }
         // Not a KSM page, or changed: the item's place in a tree, if it has one, is history.
@@ -174,11 +193,11 @@ impl Engine {
                 return;
             }
         }
-        self.trace_lookups(hash, nid);
-        if let Found::Done = self.merge_with_stable(id, hash, nid) {
+        self.trace_lookups(hash, nid, domain);
+        if let Found::Done = self.merge_with_stable(id, hash, nid, domain) {
             return;
         }
-        let twin = match self.merge_with_unstable(id, hash, nid) {
+        let twin = match self.merge_with_unstable(id, hash, nid, domain) {
             Found::Done => return,
             Found::Nothing => false,
             Found::Twins => true,
@@ -188,20 +207,20 @@ impl Engine {
             .insert(&mut self.items, id, planted, &self.stats);
     }
 
-    fn trace_lookups(&self, hash: ContentHash, nid: usize) {
-        self.trace_lookup(true, nid, hash);
-        if trace::lookup_is_on() && self.stable.first_equal(nid, hash).is_none() {
-            self.trace_lookup(false, nid, hash);
+    fn trace_lookups(&self, hash: ContentHash, nid: usize, domain: Domain) {
+        self.trace_lookup(true, nid, hash, domain);
+        if trace::lookup_is_on() && self.stable.first_equal(nid, hash, domain).is_none() {
+            self.trace_lookup(false, nid, hash, domain);
         }
     }
 
-    fn trace_lookup(&self, stable: bool, nid: usize, hash: ContentHash) {
+    fn trace_lookup(&self, stable: bool, nid: usize, hash: ContentHash, domain: Domain) {
         if !trace::lookup_is_on() {
             return;
         }
         let (found, depth) = if stable {
             (
-                self.stable.first_equal(nid, hash),
+                self.stable.first_equal(nid, hash, domain),
                 self.stable.depth_of(nid, hash),
             )
         } else {
@@ -214,7 +233,14 @@ impl Engine {
     }
 
     /// A mapping of a merged page: known already, or made by a fork, which does not ask for any limit.
-    fn consider_merged(&mut self, id: Id, node_id: Id, nid: usize) {
+    fn consider_merged(&mut self, id: Id, node_id: Id, nid: usize, domain: Domain) {
+        if self.stable.domain(node_id).is_some_and(|of| of != domain) {
+            // Else the page has been replaced since it was seen, which the next pass finds.
+            if self.maps_page_of(id, node_id) {
+                self.part(id, node_id);
+            }
+            return;
+        }
         if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
             if self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
                 self.settle_at_home(node_id, nid);
@@ -236,6 +262,32 @@ impl Engine {
         }
     }
 
+    /// Takes a mapping off the page of another domain's node: its address space belonged to that domain when it was
+    /// merged, or was forked by one that did. Sleeps.
+    fn part(&mut self, id: Id, node_id: Id) {
+        let apart = self.unshare(id);
+        if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
+            if !apart && self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
+                return;
+            }
+        }
+        self.detach(id);
+        if apart {
+            return;
+        }
+        // There is no memory for a copy now. As long as the mapping is there, the core must find it.
+        let Some(node) = self.stable.node_mut(node_id) else {
+            return;
+        };
+        match node.try_page() {
+            NodePage::Live(page) => {
+                let _ = self.record(id, node_id, &page, Self::find_in_place);
+            }
+            NodePage::Busy | NodePage::Bad => {}
+            NodePage::Stale => self.retire(node_id),
+        }
+    }
+
     /// Moves a node to the forest for its page's NUMA node, if it is not there.
     fn settle_at_home(&mut self, node_id: Id, nid: usize) {
         let home = self.forest_of(nid);
@@ -244,8 +296,14 @@ impl Engine {
         }
     }
 
-    fn merge_with_stable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
-        let mut candidate = self.stable.first_equal(nid, hash);
+    fn merge_with_stable(
+        &mut self,
+        id: Id,
+        hash: ContentHash,
+        nid: usize,
+        domain: Domain,
+    ) -> Found {
+        let mut candidate = self.stable.first_equal(nid, hash, domain);
         // Nodes that are dropped or moved on the way count too, as that is work; the next search does not see them.
         for _ in 0..MOST_CANDIDATES {
             let Some(node_id) = candidate else { break };
@@ -278,8 +336,19 @@ impl Engine {
 
     /// Maps a node's page in the place of the item's page and records it. Sleeps.
     fn merge_with(&mut self, id: Id, node_id: Id, page: &KsmPage) -> Result<(), NotMerged> {
+        self.record(id, node_id, page, Self::map_in_place)
+    }
+
+    /// Records that a node's page is mapped in the item's place, once `map` has seen to it. Sleeps.
+    fn record(
+        &mut self,
+        id: Id,
+        node_id: Id,
+        page: &KsmPage,
+        map: fn(&Self, Id, &KsmPage, &mut MergedRmap) -> Result<(), NotMerged>,
+    ) -> Result<(), NotMerged> {
         let mut rmap = self.prepare_rmap(id).map_err(|_| NotMerged::Busy)?;
-        if let Err(why) = self.map_in_place(id, page, &mut rmap) {
+        if let Err(why) = map(self, id, page, &mut rmap) {
             self.discard_rmap(rmap);
             return Err(why);
         }
@@ -291,6 +360,25 @@ impl Engine {
             self.undo(id, rmap);
             NotMerged::Busy
         })
+    }
+
+    /// Whether `kpage` is in the item's place already, which a fork may have mapped there. Sleeps.
+    fn find_in_place(
+        &self,
+        id: Id,
+        kpage: &KsmPage,
+        rmap: &mut MergedRmap,
+    ) -> Result<(), NotMerged> {
+        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
+        let entered = space.enter().ok_or(NotMerged::Gone)?;
+        let locked = entered.lock();
+        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
+        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
+        if !page.is(kpage) {
+            return Err(NotMerged::Gone);
+        }
+        rmap.item.bind(&vma);
+        Ok(())
     }
 
     /// Maps `kpage` in the place of the item's page, if they are equal. Sleeps.
@@ -365,7 +453,13 @@ impl Engine {
         vma.replace_by_zero_page(address, &lock)
     }
 
-    fn merge_with_unstable(&mut self, id: Id, hash: ContentHash, nid: usize) -> Found {
+    fn merge_with_unstable(
+        &mut self,
+        id: Id,
+        hash: ContentHash,
+        nid: usize,
+        domain: Domain,
+    ) -> Found {
         let mut candidate = self.unstable.first_equal(&self.items, nid, hash);
         let found = match candidate {
             Some(_) => Found::Twins,
@@ -375,7 +469,7 @@ impl Engine {
             let Some(other) = candidate else { break };
             mm::breathe();
             candidate = self.unstable.next_equal(&self.items, nid, other);
-            match self.merge_pair(id, other, nid) {
+            match self.merge_pair(id, other, nid, domain) {
                 Err(NotMerged::Different) => {}
                 Ok(()) | Err(_) => return Found::Done,
             }
@@ -383,12 +477,23 @@ impl Engine {
         found
     }
 
-    /// Merges the pages of two items: that of `id` becomes a KSM page, which is mapped in the place of that of
-    /// `other` too.
+    /// Merges the pages of two items: that of `id`, whose address space belongs to `domain`, becomes a KSM page, which is
+    /// mapped in the place of that of `other` too.
     ///
     /// `Different` says that `other` is not the one to merge with; all else that `id` is done with for this
     /// pass. Sleeps.
-    fn merge_pair(&mut self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
+    fn merge_pair(
+        &mut self,
+        id: Id,
+        other: Id,
+        nid: usize,
+        domain: Domain,
+    ) -> Result<(), NotMerged> {
+        // As of now: the other one's may have changed since it was put into the tree.
+        let other_slot = self.items.get(other).ok_or(NotMerged::Different)?.slot();
+        if self.domain_of(other_slot) != Some(domain) {
+            return Err(NotMerged::Different);
+        }
         self.check_pair(id, other, nid)?;
 
         // All that can fail for want of memory comes before the first page is touched.
@@ -451,7 +556,7 @@ impl Engine {
             return Err(NotMerged::Busy);
         }
         let home = self.forest_of(page.nid());
-        self.stable.plant(node_id, hash, home);
+        self.stable.plant(node_id, hash, domain, home);
         let first = self.attach(other, node_id, other_rmap, &lock);
         let second = self.attach(id, node_id, rmap, &lock);
         drop(lock);
@@ -510,6 +615,15 @@ impl Engine {
         let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
         let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
         let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+        if self.scope != Scope::Global && !page.is_large() && !lock.is_alone() {
+            // Relatives have it by a fork, maybe in other domains. They keep it; the next pass merges a copy.
+            drop(lock);
+            drop(page);
+            if vma.unshare_page(address).is_err() {
+                self.stats.alloc_failures.up();
+            }
+            return Err(NotMerged::Busy);
+        }
         let made = vma.make_ksm(address, &lock);
         let (item, err) = (&rmap.item, errno_of(&made));
         trace::merge_with_ksm_page(0, page.pfn(), item.address_of(), item.mm(), err);
@@ -525,19 +639,24 @@ impl Engine {
     }
 
     /// Gives the item's address a page of its own, if a KSM page is mapped there. Without memory for it, it
-    /// stays a KSM page, which the next pass finds. Sleeps.
-    fn unshare(&self, id: Id) {
+    /// stays a KSM page, which the next pass finds; `false` says so. Sleeps.
+    fn unshare(&self, id: Id) -> bool {
         let Some((space, address)) = self.place_of(id) else {
-            return;
+            return true;
         };
-        let Some(entered) = space.enter() else { return };
+        let Some(entered) = space.enter() else {
+            return true;
+        };
         let locked = entered.lock();
-        if let Some(vma) = locked.mergeable_at(address) {
-            let end = address.saturating_add(kernel::page::PAGE_SIZE);
-            if vma.unshare(address, end).is_err() {
-                self.stats.alloc_failures.up();
-            }
+        let Some(vma) = locked.mergeable_at(address) else {
+            return true;
+        };
+        let end = address.saturating_add(kernel::page::PAGE_SIZE);
+        let done = vma.unshare(address, end).is_ok();
+        if !done {
+            self.stats.alloc_failures.up();
         }
+        done
     }
 
     /// The page of an item, with a reference. Sleeps.

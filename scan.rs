@@ -14,6 +14,7 @@
 
 use crate::{
     arena::Id,
+    domain::Domain,
     engine::{
         record_flags,
         Engine,
@@ -349,10 +350,15 @@ impl Engine {
         };
         let mut pages = 0;
         if let Some(slot) = slot {
-            let (looked_at, all) = self.decide(batch, at, slot, policy, &pause);
-            pages = looked_at;
-            if all {
-                self.skip_to(at, batch.resume);
+            if let Some(domain) = self.domain_of(slot) {
+                let (looked_at, all) = self.decide(batch, at, slot, domain, policy, &pause);
+                pages = looked_at;
+                if all {
+                    self.skip_to(at, batch.resume);
+                }
+            } else {
+                // What is known of it stays as it is, until a pass that finds somebody there.
+                self.leave(at);
             }
         }
         batch.seen.clear();
@@ -396,7 +402,7 @@ impl Engine {
         }
     }
 
-    /// Takes the cursor out of an address space that has been scanned to its end.
+    /// Takes the cursor out of an address space that this pass has done with.
     fn leave(&mut self, at: usize) {
         if let Some(cursor) = self.cursors.get_mut(at) {
             cursor.enter(None);
@@ -519,13 +525,14 @@ impl Engine {
         }) && !page.page.is_ksm()
     }
 
-    /// Decides on the pages of the batch, in order. Returns how many were looked at, or could have been in that time,
-    /// and whether these, and those that smart scan leaves out, are all.
+    /// Decides on the pages of the batch, in order, for an address space that belongs to `domain`. Returns how many were
+    /// looked at, or could have been in that time, and whether these, and those that smart scan leaves out, are all.
     fn decide(
         &mut self,
         batch: &mut Batch,
         cursor: usize,
         slot: SlotId,
+        domain: Domain,
         policy: Policy,
         pause: &impl Fn() -> bool,
     ) -> (usize, bool) {
@@ -554,7 +561,7 @@ impl Engine {
                         skipped = skipped.saturating_add(1);
                         continue;
                     }
-                    self.consider(id, *what, policy);
+                    self.consider(id, *what, domain, policy);
                     self.stats.pages_scanned.up();
                 }
                 // For want of memory, or as there are too many of them.

@@ -20,7 +20,7 @@ pub(crate) struct MmSlot {
     pub(crate) first: Id,
     /// The last round of unmerging that it has been through; 0 if none.
     pub(crate) unmerged: u32,
-    /// Tells it from all others that have the same number before or after it; never 0.
+    /// Its number among all that there have ever been, from 1.
     pub(crate) serial: u64,
 }
 

@@ -14,6 +14,7 @@ use crate::{
         Id,
         Record, //
     },
+    domain::Domain,
     engine::merge_flags,
     forest::{
         Forest,
@@ -47,6 +48,8 @@ pub(crate) struct StableEntry {
     /// NUMA node of the forest that it is in.
     nid: u32,
     key: u64,
+    /// The only one whose pages it is mapped in the place of.
+    domain: Domain,
     /// The structure that the core reads; `None` only in an empty record.
     node: Option<StableNode>,
 }
@@ -108,10 +111,11 @@ impl StableTree {
         }
     }
 
-    /// Puts a prepared node into the forest of `nid`.
-    pub(crate) fn plant(&mut self, id: Id, hash: ContentHash, nid: usize) {
+    /// Puts a prepared node into the forest of `nid`, for pages of `domain`, of which `hash` is one.
+    pub(crate) fn plant(&mut self, id: Id, hash: ContentHash, domain: Domain, nid: usize) {
         if let Some(entry) = self.entries.get_mut(id) {
             entry.key = hash.key();
+            entry.domain = domain;
             entry.nid = nid as u32;
         }
         self.root(id);
@@ -125,17 +129,17 @@ impl StableTree {
 
     /// Puts a node into its forest, and counts it if it is not the only one for its contents.
     fn root(&mut self, id: Id) {
-        let Some((nid, key)) = self
+        let Some((nid, key, domain)) = self
             .entries
             .get(id)
-            .map(|entry| (entry.nid as usize, entry.key))
+            .map(|entry| (entry.nid as usize, entry.key, entry.domain))
         else {
             return;
         };
         if let Some(forest) = self.forests.get_mut(nid) {
             forest.insert(&mut self.entries, id);
         }
-        match self.copies(nid, key) {
+        match self.copies(nid, key, domain) {
             0 | 1 => {}
             2 => {
                 self.stats.stable_node_chains.up();
@@ -154,7 +158,7 @@ impl StableTree {
             return;
         }
         let nid = entry.nid as usize;
-        match self.copies(nid, entry.key) {
+        match self.copies(nid, entry.key, entry.domain) {
             0 | 1 => {}
             2 => {
                 self.stats.stable_node_chains.down();
@@ -167,8 +171,9 @@ impl StableTree {
         }
     }
 
-    /// How many nodes there are for the contents of `key` in the forest of `nid`, full or not; counts to three.
-    fn copies(&self, nid: usize, key: u64) -> usize {
+    /// How many nodes there are for the contents of `key` in the forest of `nid` and in a domain, full or not; counts to
+    /// three.
+    fn copies(&self, nid: usize, key: u64, domain: Domain) -> usize {
         let Some(forest) = self.forests.get(nid) else {
             return 0;
         };
@@ -176,6 +181,7 @@ impl StableTree {
         let all =
             |key| core::iter::successors(from(key), |id| forest.next_equal(&self.entries, *id));
         Iterator::chain(all(key & !FULL), all(key | FULL))
+            .filter(|id| self.domain(*id) == Some(domain))
             .take(3)
             .count()
     }
@@ -230,11 +236,20 @@ impl StableTree {
         Some(self.entries.get(id)?.nid as usize)
     }
 
-    /// The first node in the forest of `nid` whose page has this hash, and which is not full.
-    pub(crate) fn first_equal(&self, nid: usize, hash: ContentHash) -> Option<Id> {
-        self.forests
-            .get(nid)?
-            .first_equal(&self.entries, hash.key())
+    /// The domain whose pages a node is for.
+    pub(crate) fn domain(&self, id: Id) -> Option<Domain> {
+        let entry = self.entries.get(id)?;
+        entry.node.as_ref().map(|_| entry.domain)
+    }
+
+    /// The first node in the forest of `nid` and of `domain` whose page has this hash, and which is not full.
+    pub(crate) fn first_equal(&self, nid: usize, hash: ContentHash, domain: Domain) -> Option<Id> {
+        let forest = self.forests.get(nid)?;
+        let first = forest.first_equal(&self.entries, hash.key())?;
+        if self.domain(first) == Some(domain) {
+            return Some(first);
+        }
+        self.next_of(first, domain)
     }
 
     /// How many nodes a search for a hash passes.
@@ -244,10 +259,18 @@ impl StableTree {
             .map_or(0, |forest| forest.depth_of(&self.entries, hash.key()))
     }
 
-    /// The next node with the same hash.
+    /// The next node with the same hash and of the same domain.
     pub(crate) fn next_equal(&self, id: Id) -> Option<Id> {
-        let nid = self.nid(id)?;
-        self.forests.get(nid)?.next_equal(&self.entries, id)
+        self.next_of(id, self.domain(id)?)
+    }
+
+    /// The next node with the same hash as `id` and of `domain`. There are others only if domain and contents hash to the
+    /// same by accident.
+    fn next_of(&self, id: Id, domain: Domain) -> Option<Id> {
+        let forest = self.forests.get(self.nid(id)?)?;
+        core::iter::successors(Some(id), |id| forest.next_equal(&self.entries, *id))
+            .skip(1)
+            .find(|id| self.domain(*id) == Some(domain))
     }
 
     /// The first of all nodes.

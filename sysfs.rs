@@ -169,6 +169,12 @@ file!(
     |ksm, text| ksm.set_max_page_sharing(knobs::max_page_sharing(text)?)
 );
 file!(
+    MergeScope,
+    c"merge_scope",
+    |ksm| ksm.merge_scope().choice(),
+    |ksm, text| ksm.set_merge_scope(knobs::merge_scope(text)?)
+);
+file!(
     UseZeroPages,
     c"use_zero_pages",
     |ksm| ksm.knobs.use_zero_pages(),
@@ -370,6 +376,7 @@ files!(
     ScanThreads,
     #[cfg(ksm_rs_delays)]
     Delays,
+    MergeScope,
 );
 
 /// Reads a file.

@@ -28,6 +28,7 @@
 pub(crate) mod bindings;
 pub(crate) mod hotplug;
 pub(crate) mod node;
+pub(crate) mod owner;
 pub(crate) mod page;
 pub(crate) mod replace;
 pub(crate) mod space;

@@ -267,6 +267,19 @@ impl PageLock<'_> {
         }
     }
 
+    /// Whether no other page table maps the small folio, or will when it comes back from swap; the mmap lock of the one that
+    /// does keeps it so until the folio is unlocked.
+    pub(crate) fn is_alone(&self) -> bool {
+        let folio = self.page.folio();
+        // SAFETY: The folio is valid by the invariants of `PageRef`, and locked. Swap space that nobody refers to is given
+        // up; what is left in the swap cache then, somebody does.
+        unsafe {
+            bindings::ksm_rs_folio_free_swap(folio);
+            !bindings::ksm_rs_folio_test_swapcache(folio)
+                && bindings::ksm_rs_folio_mapcount(folio) == 1
+        }
+    }
+
     /// Replaces `folio->mapping`.
     ///
     /// # Safety

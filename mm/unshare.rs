@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Undoing a merge: giving a mapping an exclusive anonymous page again.
+//! Undoing a merge, or a fork's sharing: giving a mapping an exclusive anonymous page again.
 
 use super::{
     bindings,
@@ -26,22 +26,31 @@ impl Vma<'_> {
             // The fault may back out without having done anything, so the same address is looked at again.
             address = at;
             delay::at(Point::Unsharing);
-            // SAFETY: The mmap lock is held for reading and `at` lies in the VMA.
-            let fault = unsafe { bindings::ksm_rs_unshare(self.as_ptr(), at) };
-            if fault & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
-                return Err(ENOMEM);
-            }
-            if fault
-                & (bindings::vm_fault_reason_VM_FAULT_SIGBUS
-                    | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
-                    | bindings::vm_fault_reason_VM_FAULT_HWPOISON)
-                != 0
-            {
+            if !self.unshare_page(at)? {
                 // Truncated under us, or poisoned: there is nothing to copy any more.
                 address = at.wrapping_add(PAGE_SIZE);
             }
             super::breathe();
         }
         Ok(())
+    }
+
+    /// Gives the mapping at `address`, which lies in the VMA, a page that it shares with nobody, neither by a merge nor by
+    /// a fork. May back out without having done anything. `false`: there is nothing to copy. Sleeps.
+    ///
+    /// `Err(ENOMEM)`: there was no memory for a copy.
+    pub(crate) fn unshare_page(&self, address: usize) -> Result<bool> {
+        if address < self.start() || address >= self.end() {
+            return Ok(false);
+        }
+        // SAFETY: The mmap lock is held for reading and the address lies in the VMA.
+        let fault = unsafe { bindings::ksm_rs_unshare(self.as_ptr(), address) };
+        if fault & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
+            return Err(ENOMEM);
+        }
+        let gone = bindings::vm_fault_reason_VM_FAULT_SIGBUS
+            | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
+            | bindings::vm_fault_reason_VM_FAULT_HWPOISON;
+        Ok(fault & gone == 0)
     }
 }

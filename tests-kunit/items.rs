@@ -6,6 +6,7 @@
 
 use crate::{
     arena::Id,
+    domain::Domain,
     items::{
         Age,
         ContentHash,
@@ -67,6 +68,20 @@ mod tests {
         // What is left of a hash decides, not what is cut off.
         assert_eq!(ContentHash::new(0x1_0000), ContentHash::new(0x1_ffff));
         assert!(ContentHash::new(0x1_0000) != ContentHash::new(0x2_0000));
+    }
+
+    #[test]
+    fn contents_have_another_hash_in_every_domain() {
+        let hash = ContentHash::new(0x0123_4567_89ab_cdef);
+        // That of everybody costs nothing.
+        assert_eq!(hash.in_domain(Domain::COMMON), hash);
+        for number in 0..1000u64 {
+            let domain = Domain::of_process(number);
+            let mixed = hash.in_domain(domain);
+            assert!(mixed != hash && mixed != ContentHash::default());
+            assert!(mixed != hash.in_domain(Domain::of_process(number + 1)));
+            assert!(mixed != ContentHash::new(!0).in_domain(domain));
+        }
     }
 
     #[test]

@@ -4,17 +4,21 @@
 
 #![forbid(unsafe_code)]
 
-use crate::knobs::{
-    advisor_mode,
-    any_uint,
-    any_ulong,
-    max_page_sharing,
-    merge_across_nodes,
-    run,
-    smart_scan,
-    target_scan_time,
-    Knobs,
-    Run, //
+use crate::{
+    domain::Scope,
+    knobs::{
+        advisor_mode,
+        any_uint,
+        any_ulong,
+        max_page_sharing,
+        merge_across_nodes,
+        merge_scope,
+        run,
+        smart_scan,
+        target_scan_time,
+        Knobs,
+        Run, //
+    }, //
 };
 use kernel::prelude::*;
 
@@ -71,6 +75,30 @@ mod tests {
             c"[none]",
         ] {
             assert_eq!(advisor_mode(text), Err(EINVAL));
+        }
+    }
+
+    #[test]
+    fn a_scope_is_known_by_its_name() {
+        assert_eq!(merge_scope(c"global"), Ok(Scope::Global));
+        assert_eq!(merge_scope(c"cgroup\n"), Ok(Scope::Cgroup));
+        assert_eq!(merge_scope(c"user"), Ok(Scope::User));
+        assert_eq!(merge_scope(c"process\n"), Ok(Scope::Process));
+        for text in [
+            c"",
+            c"\n",
+            c"0",
+            c"glob",
+            c"globals",
+            c"Global",
+            c" user",
+            c"user ",
+            c"user\n\n",
+            c"[user]",
+            c"user process",
+            c"[global] cgroup user process",
+        ] {
+            assert_eq!(merge_scope(text), Err(EINVAL));
         }
     }
 

@@ -6,6 +6,7 @@
 
 use crate::{
     arena::Id,
+    domain::Domain,
     items::ContentHash,
     stable_tree::StableTree,
     stats::Stats, //
@@ -20,10 +21,18 @@ fn empty_tree() -> Result<StableTree> {
 }
 
 fn planted(tree: &mut StableTree, hash: ContentHash) -> Result<Id> {
+    planted_in(tree, hash, Domain::COMMON)
+}
+
+fn planted_in(tree: &mut StableTree, hash: ContentHash, domain: Domain) -> Result<Id> {
     let id = tree.prepare()?;
-    tree.plant(id, hash, 0);
+    tree.plant(id, hash, domain, 0);
     Ok(id)
 }
+
+/// Two domains.
+const ONE: Domain = Domain::of_cgroup(1);
+const OTHER: Domain = Domain::of_cgroup(2);
 
 #[kunit_tests(ksm_rs_stable_tree)]
 mod tests {
@@ -34,17 +43,17 @@ mod tests {
         let mut tree = empty_tree()?;
         let hash = ContentHash::new(0x1234_5678_9abc_0000);
         let first = planted(&mut tree, hash)?;
-        assert!(tree.first_equal(0, hash) == Some(first));
+        assert!(tree.first_equal(0, hash, Domain::COMMON) == Some(first));
         // Said twice, as every further mapping of a fork does.
         tree.set_full(first, true);
         tree.set_full(first, true);
-        assert!(tree.first_equal(0, hash).is_none());
+        assert!(tree.first_equal(0, hash, Domain::COMMON).is_none());
         let second = planted(&mut tree, hash)?;
-        assert!(tree.first_equal(0, hash) == Some(second));
+        assert!(tree.first_equal(0, hash, Domain::COMMON) == Some(second));
         assert!(tree.next_equal(second).is_none());
         tree.set_full(first, false);
         tree.set_full(second, true);
-        assert!(tree.first_equal(0, hash) == Some(first));
+        assert!(tree.first_equal(0, hash, Domain::COMMON) == Some(first));
         assert!(tree.next_equal(first).is_none());
         Ok(())
     }
@@ -58,7 +67,7 @@ mod tests {
             tree.set_full(id, true);
         }
         let id = planted(&mut tree, hash)?;
-        assert!(tree.first_equal(0, hash) == Some(id));
+        assert!(tree.first_equal(0, hash, Domain::COMMON) == Some(id));
         assert!(tree.next_equal(id).is_none());
         // All of them are there for those who go through the whole tree.
         let mut seen = 0;
@@ -80,11 +89,11 @@ mod tests {
         let last = crate::mm::nr_nodes() - 1;
         tree.rehome(id, last);
         assert_eq!(tree.nid(id), Some(last));
-        assert!(tree.first_equal(last, hash).is_none());
+        assert!(tree.first_equal(last, hash, Domain::COMMON).is_none());
         tree.set_full(id, false);
-        assert!(tree.first_equal(last, hash) == Some(id));
+        assert!(tree.first_equal(last, hash, Domain::COMMON) == Some(id));
         assert!(tree.remove(id).is_some());
-        assert!(tree.first_equal(last, hash).is_none() && tree.first().is_none());
+        assert!(tree.first_equal(last, hash, Domain::COMMON).is_none() && tree.first().is_none());
         Ok(())
     }
 
@@ -117,6 +126,59 @@ mod tests {
         assert_eq!(seen(), (1, 2));
         tree.remove(third);
         assert_eq!(seen(), (1, 2));
+        Ok(())
+    }
+
+    #[test]
+    fn a_search_finds_nodes_of_its_domain_only() -> Result {
+        let mut tree = empty_tree()?;
+        // Each is in the other's way: only the domains differ.
+        let hash = ContentHash::new(0x1234_5678_9abc_0000);
+        let first = planted_in(&mut tree, hash, ONE)?;
+        assert!(tree.first_equal(0, hash, ONE) == Some(first));
+        assert!(tree.first_equal(0, hash, OTHER).is_none());
+        assert!(tree.first_equal(0, hash, Domain::COMMON).is_none());
+        let second = planted_in(&mut tree, hash, OTHER)?;
+        let third = planted_in(&mut tree, hash, ONE)?;
+        let fourth = planted_in(&mut tree, hash, OTHER)?;
+        assert!(tree.first_equal(0, hash, ONE) == Some(first));
+        assert!(tree.next_equal(first) == Some(third));
+        assert!(tree.next_equal(third).is_none());
+        assert!(tree.first_equal(0, hash, OTHER) == Some(second));
+        assert!(tree.next_equal(second) == Some(fourth));
+        assert!(tree.next_equal(fourth).is_none());
+        // A full one of one domain hides none of the other.
+        tree.set_full(second, true);
+        assert!(tree.first_equal(0, hash, OTHER) == Some(fourth));
+        assert!(tree.first_equal(0, hash, ONE) == Some(first));
+        for id in [first, second, third, fourth] {
+            let domain = tree.domain(id);
+            tree.rehome(id, crate::mm::nr_nodes() - 1);
+            assert_eq!(tree.domain(id), domain);
+            drop(tree.remove(id));
+            assert!(tree.domain(id).is_none());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn domains_have_chains_of_their_own() -> Result {
+        let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
+        let mut tree = StableTree::new(stats.clone())?;
+        let seen = || (stats.stable_node_chains.get(), stats.stable_node_dups.get());
+        let hash = ContentHash::new(0x1234_5678_9ab0_0000);
+        let first = planted_in(&mut tree, hash, ONE)?;
+        planted_in(&mut tree, hash, OTHER)?;
+        assert_eq!(seen(), (0, 0));
+        let second = planted_in(&mut tree, hash, ONE)?;
+        assert_eq!(seen(), (1, 2));
+        let third = planted_in(&mut tree, hash, OTHER)?;
+        assert_eq!(seen(), (2, 4));
+        drop(tree.remove(second));
+        assert_eq!(seen(), (1, 2));
+        drop(tree.remove(first));
+        drop(tree.remove(third));
+        assert_eq!(seen(), (0, 0));
         Ok(())
     }
 

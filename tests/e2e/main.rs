@@ -19,6 +19,7 @@ mod hugepages;
 mod hwpoison;
 mod knobs;
 mod lifecycle;
+mod merge_scope;
 mod merging;
 mod numa;
 mod pins;
@@ -76,6 +77,7 @@ fn main() -> anyhow::Result<()> {
     if !ksm.is_stock() {
         tests.extend(threads::tests());
         tests.extend(hostility::tests());
+        tests.extend(merge_scope::tests());
     }
     tests.extend(hwpoison::tests());
     tests.extend(userfault::tests());

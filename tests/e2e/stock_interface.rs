@@ -50,11 +50,12 @@ ksm_e2e::tests![module_test:
 ];
 
 /// Files that stock does not have, and why we do.
-const OUR_OWN: [(&str, &str); 2] = [
+const OUR_OWN: [(&str, &str); 3] = [
     (
         "alloc_failures",
         "counts what stock keeps silent about: pages left alone for want of kernel memory",
     ),
+    ("merge_scope", "stock merges everybody's pages"),
     ("scan_threads", "stock has one thread"),
 ];
 

@@ -87,7 +87,7 @@ fn compare(observe: impl Fn(&Ksm, &mut Rng) -> Result<Record>) -> Result<()> {
 }
 
 /// Merges a world, has something happen to it if `disturbed`, and merges again; unmerges it at the end.
-fn live(
+pub fn live(
     ksm: &Ksm,
     random: &mut Rng,
     shape: Shape,

@@ -53,8 +53,10 @@ use nix::sys::wait::WaitStatus;
 use nix::sys::wait::waitpid;
 use nix::unistd::ForkResult;
 use nix::unistd::Pid;
+use nix::unistd::Uid;
 use nix::unistd::fork;
 use nix::unistd::pipe;
+use nix::unistd::setresuid;
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -64,6 +66,7 @@ use crate::memory::Content;
 use crate::memory::Mapping;
 use crate::memory::Pattern;
 use crate::memory::Region;
+use crate::memory::Timing;
 use crate::numa;
 use crate::procfs;
 use crate::procfs::MapEntry;
@@ -131,6 +134,8 @@ enum Command {
     },
     Pin(Region),
     Unpin,
+    SetUsers([u32; 3]),
+    TimeWrites(Vec<usize>),
     CatchBusErrors,
     BusError,
     Churn {
@@ -151,6 +156,7 @@ enum Reply {
     Addresses(Vec<usize>),
     Bytes(Vec<u8>),
     Span(Span),
+    Timings(Vec<Timing>),
     BusError(Option<BusError>),
     Errno(i32),
 }
@@ -590,6 +596,19 @@ impl Child {
         self.done(&Command::Unpin)
     }
 
+    /// Makes the helper another user's: the real, the effective and the saved one.
+    pub fn set_users(&mut self, real: u32, effective: u32, saved: u32) -> Result<()> {
+        self.done(&Command::SetUsers([real, effective, saved]))
+    }
+
+    /// Writes to pages, each given by its address, what they contain; returns what each of the writes took.
+    pub fn time_writes(&mut self, pages: &[usize]) -> Result<Vec<Timing>> {
+        match self.order(&Command::TimeWrites(pages.to_vec()))? {
+            Reply::Timings(timings) => Ok(timings),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+
     /// Makes the helper write to the region's pages and check them, for ever and without answering again. It exits
     /// with a status other than 0 when it reads something that it did not write.
     pub fn churn(&mut self, region: Region, seed: u64) -> Result<()> {
@@ -876,6 +895,11 @@ fn execute(command: Command) -> Result<Reply, Errno> {
             } => numa::bind(region, node, move_all)?,
             Command::Pin(region) => pin(region)?,
             Command::Unpin => drop(PINS.take()),
+            Command::SetUsers([real, effective, saved]) => {
+                let [real, effective, saved] = [real, effective, saved].map(Uid::from_raw);
+                setresuid(real, effective, saved)?;
+            }
+            Command::TimeWrites(pages) => return Ok(Reply::Timings(memory::time_writes(&pages))),
             Command::CatchBusErrors => catch_bus_errors()?,
             Command::BusError => return Ok(Reply::BusError(caught_bus_error())),
             Command::Fork | Command::Churn { .. } | Command::ForkForEver | Command::Exit(_) => {

@@ -340,6 +340,9 @@ impl Restore {
             // As long as it is on, nobody else may write to pages_to_scan.
             self.ksm.write_text("advisor_mode", "none")?;
         }
+        if self.ksm.has("merge_scope") {
+            self.ksm.write_text("merge_scope", "global")?;
+        }
         for (knob, value) in &self.knobs {
             self.ksm.write(knob, *value)?;
         }

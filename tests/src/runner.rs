@@ -149,6 +149,9 @@ fn clean_up(ksm: &Ksm) -> Result<()> {
         counters.shared == 0 && counters.sharing == 0,
         "after run=2 there are still merged pages: {counters}"
     );
+    if ksm.has("merge_scope") {
+        ksm.write_text("merge_scope", "global")?;
+    }
     ksm.stop()?;
     let swaps = swap::in_use()?;
     ensure!(swaps.is_empty(), "swap was left on: {swaps:?}");

@@ -7,6 +7,8 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -118,7 +120,9 @@ impl Group {
     /// Makes a group.
     pub fn new() -> Result<Self> {
         write(format!("{GROUPS}/cgroup.subtree_control"), "+memory")?;
-        let path = PathBuf::from(format!("{GROUPS}/ksm-e2e-{}", std::process::id()));
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(format!("{GROUPS}/ksm-e2e-{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(Self(path))
     }

@@ -56,6 +56,8 @@ pub struct Rules {
     pub limit: u64,
     /// Pages that were not merged for long are skipped.
     pub smart_scan: bool,
+    /// Only pages of the same process are merged.
+    pub by_process: bool,
 }
 
 impl Default for Rules {
@@ -65,6 +67,7 @@ impl Default for Rules {
             across_nodes: true,
             limit: 256,
             smart_scan: false,
+            by_process: false,
         }
     }
 }
@@ -79,9 +82,16 @@ impl Rules {
         if ksm.has("smart_scan") {
             ksm.write("smart_scan", self.smart_scan.into())?;
         }
+        if ksm.has("merge_scope") {
+            let scope = if self.by_process { "process" } else { "global" };
+            ksm.write_text("merge_scope", scope)?;
+        }
         Ok(())
     }
 }
+
+/// What has nothing in common with others: a process, if they merge by themselves, and a node, if they do.
+type Forest = (usize, u32);
 
 /// What a world is made of.
 #[derive(Clone, Copy, Debug)]
@@ -187,6 +197,8 @@ pub struct World {
     /// The contents to choose from.
     pool: Vec<u64>,
     crowds: Vec<Crowd>,
+    /// The process that has merged a page, by the page's number; what that is worth, the rules say.
+    owners: HashMap<u64, i32>,
     totals: Totals,
     next: u64,
     round: u64,
@@ -201,6 +213,7 @@ impl World {
             processes: Vec::new(),
             pool: (0..places / 5).map(|_| random.u64(..)).collect(),
             crowds: Vec::new(),
+            owners: HashMap::new(),
             totals: Totals::default(),
             next: 0,
             round: 0,
@@ -313,7 +326,7 @@ impl World {
         let places = self.all_places();
         let mut patterns = vec![None; places.len()];
         // Places of different forests have nothing in common.
-        let mut forests: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        let mut forests: BTreeMap<Forest, Vec<usize>> = BTreeMap::new();
         for (index, &at) in places.iter().enumerate() {
             forests.entry(self.forest(at)).or_default().push(index);
         }
@@ -378,13 +391,16 @@ impl World {
     }
 
     /// Which forest a page of this place belongs to.
-    fn forest(&self, at: At) -> u32 {
-        if self.rules.across_nodes {
-            return 0;
-        }
-        self.processes[at.process].areas[at.area]
-            .node
-            .expect("an area that is bound to a node")
+    fn forest(&self, at: At) -> Forest {
+        let process = if self.rules.by_process { at.process } else { 0 };
+        let node = if self.rules.across_nodes {
+            0
+        } else {
+            self.processes[at.process].areas[at.area]
+                .node
+                .expect("an area that is bound to a node")
+        };
+        (process, node)
     }
 
     fn new_frame(&mut self) -> Frame {
@@ -525,10 +541,25 @@ impl World {
         Ok(())
     }
 
+    /// Gives pages of their own to those that share merged ones by a fork only, if they may not.
+    fn part_families(&mut self) {
+        for at in self.all_places() {
+            let place = *self.place(at);
+            if let Some(page) = place.page.filter(|_| place.mergeable)
+                && let Frame::Merged(number) = page.frame
+                && self.rules.by_process
+                && self.owners.get(&number) != Some(&self.processes[at.process].child.pid())
+            {
+                self.separate(at);
+            }
+        }
+    }
+
     /// Brings the model to where merging must end.
     fn merge(&mut self) {
-        let mut groups: BTreeMap<(u32, Pattern), Vec<At>> = BTreeMap::new();
+        let mut groups: BTreeMap<(Forest, Pattern), Vec<At>> = BTreeMap::new();
         let mut totals = Totals::default();
+        self.part_families();
         for at in self.all_places() {
             let place = *self.place(at);
             let Some(page) = place.page.filter(|_| place.mergeable) else {
@@ -565,6 +596,8 @@ impl World {
                     Some(&frame) => frame,
                     None => {
                         self.next += 1;
+                        let owner = self.processes[group[0].process].child.pid();
+                        self.owners.insert(self.next, owner);
                         Frame::Merged(self.next)
                     }
                 };
