@@ -114,7 +114,7 @@ impl Prepared {
             !hotplug::bring_back()?,
             "a block of memory was left offline"
         );
-        Ok(())
+        self.feats.end()
     }
 }
 
