@@ -321,6 +321,7 @@ impl Troupe {
                 drop(near);
                 let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0));
                 let result = actor::die_with(parent).and_then(|()| {
+                    step_aside()?;
                     Stage::new(actor, slot, self.seed, incarnation, deadline, corrupt)?.run()
                 });
                 actor::end_with(result, far)
@@ -450,6 +451,15 @@ impl Troupe {
     }
 }
 
+/// Gives this process the least priority: so many actors would keep khugepaged, which has no more, from leaving a critical
+/// section of RCU for minutes; and the scanner gets the CPU before they do.
+fn step_aside() -> Result<()> {
+    // SAFETY: The call takes integers only.
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) })
+        .context("setpriority")?;
+    Ok(())
+}
+
 /// How the first process of a group has ended, if it has. Orphans of the group are reaped on the way.
 fn ended(group: Pid) -> Result<Option<WaitStatus>> {
     loop {
@@ -465,14 +475,15 @@ fn ended(group: Pid) -> Result<Option<WaitStatus>> {
 /// Kills what is left of a group and waits until all of it is gone.
 fn end_group(group: Pid) -> Result<()> {
     let any = Pid::from_raw(-group.as_raw());
-    wait::until_or_explain("an actor's processes are gone", DYING, || {
-        let left = killpg(group, Signal::SIGKILL) != Err(Errno::ESRCH);
+    let gone = wait::until("an actor's processes are gone", DYING, || {
+        let gone = killpg(group, Signal::SIGKILL) == Err(Errno::ESRCH);
         while !matches!(
             waitpid(any, Some(WaitPidFlag::WNOHANG)),
             Ok(WaitStatus::StillAlive) | Err(_)
         ) {}
-        Ok(left.then(|| where_things_are(group)))
-    })
+        Ok(gone)
+    });
+    gone.with_context(|| where_things_are(group))
 }
 
 /// State and kernel stacks of a group's processes and of the module's threads; the kernel's log has those of all tasks

@@ -3,6 +3,7 @@
 mod balloon;
 mod blocks;
 mod compaction;
+mod feats;
 mod nodes;
 mod poison;
 
@@ -22,6 +23,8 @@ use ksm_e2e::settings;
 use ksm_e2e::swap;
 use ksm_e2e::swap::Group;
 use ksm_e2e::swap::Swap;
+
+use feats::Feats;
 
 use crate::actor::Actor;
 use crate::actor::Kid;
@@ -64,11 +67,14 @@ pub fn actors() -> Vec<Actor> {
     steps.into_iter().map(actor).collect()
 }
 
-/// The system's settings before a round.
-pub struct Prepared(BTreeMap<PathBuf, String>);
+/// The system before a round.
+pub struct Prepared {
+    settings: BTreeMap<PathBuf, String>,
+    feats: Feats,
+}
 
 /// Remembers what the actors of this group may change.
-pub fn prepare(_: &[Actor]) -> Result<Prepared> {
+pub fn prepare(actors: &[Actor]) -> Result<Prepared> {
     let mut texts = BTreeMap::new();
     for path in SETTINGS.map(PathBuf::from) {
         let files = if path.is_dir() {
@@ -87,13 +93,16 @@ pub fn prepare(_: &[Actor]) -> Result<Prepared> {
             }
         }
     }
-    Ok(Prepared(texts))
+    Ok(Prepared {
+        settings: texts,
+        feats: Feats::begin(actors)?,
+    })
 }
 
 impl Prepared {
     /// Brings the settings back, and fails if an actor has left the system without some of its memory, or with swap.
     pub fn undo(self) -> Result<()> {
-        for (file, text) in self.0 {
+        for (file, text) in self.settings {
             let now = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
             if settings::to_write(&now) != text {
                 fs::write(&file, &text).with_context(|| file.display().to_string())?;
@@ -105,7 +114,7 @@ impl Prepared {
             !hotplug::bring_back()?,
             "a block of memory was left offline"
         );
-        Ok(())
+        self.feats.end()
     }
 }
 

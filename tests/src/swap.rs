@@ -96,8 +96,11 @@ impl Swap {
     fn turn_off(&mut self) -> Result<()> {
         self.on = false;
         let path = CString::new(DEVICE)?;
+        // Freezing all tasks interrupts it, but starts it anew no more than a signal does.
         // SAFETY: The path is a C string that outlives the call.
-        Errno::result(unsafe { libc::swapoff(path.as_ptr()) }).context("swapoff")?;
+        while let Err(errno) = Errno::result(unsafe { libc::swapoff(path.as_ptr()) }) {
+            ensure!(errno == Errno::EINTR, "swapoff: {errno}");
+        }
         write(format!("{DEVICE_DIR}/reset"), "1")
     }
 }

@@ -18,6 +18,7 @@ use ksm_e2e::procfs;
 use ksm_e2e::wait;
 use nix::errno::Errno;
 
+use super::feats;
 use super::poison;
 use crate::actor::Stage;
 
@@ -84,6 +85,7 @@ pub fn take_offline_and_back(stage: &mut Stage) -> Result<()> {
     }
     stage.check_all()?;
     if block.state()? == "offline" {
+        feats::note(feats::OFFLINE)?;
         stage.doing("using what is left of memory");
         stage.paint_some(region, 30)?;
         stage.let_merge(region)?;

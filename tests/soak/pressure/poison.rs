@@ -24,6 +24,7 @@ use nix::fcntl::FlockArg;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
+use super::feats;
 use crate::actor::Stage;
 
 const UNPOISON: &str = "/sys/kernel/debug/hwpoison/unpoison-pfn";
@@ -88,7 +89,8 @@ pub fn soft(stage: &mut Stage) -> Result<()> {
         stage.doing("MADV_SOFT_OFFLINE");
         match memory::advise(page, libc::MADV_SOFT_OFFLINE) {
             Err(errno) if !NOT_TAKEN.contains(&errno) => bail!("MADV_SOFT_OFFLINE: {errno}"),
-            Ok(()) | Err(_) => {}
+            Ok(()) => feats::note(feats::SOFT)?,
+            Err(_) => {}
         }
         stage.check_all()?;
         if let Some(pfn) = pfn {
@@ -132,7 +134,10 @@ pub fn hard(stage: &mut Stage) -> Result<()> {
             verify_or_die(&mut victim, here, index, content)?;
         }
         Ok(Err(errno)) => bail!("MADV_HWPOISON: {errno}"),
-        Err(_) => expect_bus_error(&mut victim)?,
+        Err(_) => {
+            expect_bus_error(&mut victim)?;
+            feats::note(feats::HARD)?;
+        }
     }
     for (child, region) in [(&mut heir, there), (&mut fork, here)] {
         verify_or_die(child, region, index, content)?;
