@@ -13,7 +13,7 @@ use ksm_e2e::Region;
 use ksm_e2e::delays::Hits;
 use ksm_e2e::delays::rounds;
 use ksm_e2e::hotplug::Block;
-use ksm_e2e::hotplug::Finder;
+use ksm_e2e::hotplug::Hog;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGES_PER_HUGE;
@@ -332,7 +332,7 @@ fn hwpoison_against_append(ksm: &Ksm) -> Result<()> {
     hits.expect(rounds())
 }
 
-/// A process with two equal pages in the same block of memory, which can go offline.
+/// A process with two equal pages, the first of them in a block of memory that can go offline.
 struct Twins {
     child: Child,
     region: Region,
@@ -340,9 +340,9 @@ struct Twins {
 }
 
 impl Twins {
-    fn new(finder: &mut Finder) -> Result<Self> {
+    fn new(hog: &mut Hog) -> Result<Self> {
         let mut child = Child::spawn()?;
-        let (region, block) = finder.map(&mut child, 2, CONTENT, None)?;
+        let (region, block) = hog.map(&mut child, 2, CONTENT)?;
         Ok(Self {
             child,
             region,
@@ -366,7 +366,7 @@ fn offline_against_lookup_and_merge(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     scan_briskly(ksm)?;
     let mut admin = Child::spawn()?;
-    let mut finder = Finder::default();
+    let mut hog = Hog::new()?;
     for round in 0..rounds() {
         let place = [
             "gathered",
@@ -378,7 +378,7 @@ fn offline_against_lookup_and_merge(ksm: &Ksm) -> Result<()> {
             "ksm_made",
             "unadopted",
         ][round as usize % 8];
-        let mut twins = Twins::new(&mut finder)?;
+        let mut twins = Twins::new(&mut hog)?;
         let (mut third, region) = newcomer(CONTENT)?;
         let early = matches!(place, "gathered" | "read" | "ksm_made" | "unadopted");
         let window = if early {
@@ -440,9 +440,9 @@ fn offline_against_unmerge(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     scan_briskly(ksm)?;
     let (mut admin, mut writer) = (Child::spawn()?, Child::spawn()?);
-    let mut finder = Finder::default();
+    let mut hog = Hog::new()?;
     for round in 0..rounds() {
-        let mut twins = Twins::new(&mut finder)?;
+        let mut twins = Twins::new(&mut hog)?;
         advise(&mut twins.child, twins.region)?;
         ksm.start()?;
         ksm.scan_until(Counters::merged(1, 1))?;
