@@ -124,8 +124,10 @@ fn a_write_against_make_ksm(ksm: &Ksm) -> Result<()> {
             "replacing",
             "unadopted",
         ][round as usize % 5];
+        // What no KSM page contains, as one may be left from the round before.
+        let content = Content::Same(1000 + u64::from(round));
         let window = hits.hold(place)?;
-        pair.fill(OTHER)?;
+        pair.fill(content)?;
         window.wait()?;
         // Nobody knows which of the two becomes the KSM page; or one of them writes only.
         let start = [[1, 1], [1, 2], [3, 1], [1, 3]][round as usize / 5 % 4];
@@ -138,19 +140,26 @@ fn a_write_against_make_ksm(ksm: &Ksm) -> Result<()> {
         for ((child, region), start) in pair.each().into_iter().zip(start) {
             let written = [start];
             let written = if start == 3 { &[] } else { &written[..] };
-            expect_page(child, region, OTHER, written)
+            expect_page(child, region, content, written)
                 .with_context(|| format!("a write was lost at {place}"))?;
         }
+        // One that has not written may keep a KSM page that it has for itself.
         let wanted = if start == [1, 1] {
-            Counters::merged(2, 2)
+            [Counters::merged(2, 2); 2]
         } else {
-            Counters::merged(1, 1).and_unshared(2)
+            [
+                Counters::merged(1, 1).and_unshared(2),
+                Counters::merged(2, 1).and_unshared(1),
+            ]
         };
-        ksm.scan_until(wanted)?;
+        wait::until_or_explain("the counters are right", PATIENCE, || {
+            let seen = ksm.counters()?;
+            Ok((!wanted.contains(&seen)).then(|| format!("{seen}, wanted {wanted:?}")))
+        })?;
         for ((child, region), start) in pair.each().into_iter().zip(start) {
             let written = [start];
             let written = if start == 3 { &[] } else { &written[..] };
-            expect_page(child, region, OTHER, written)?;
+            expect_page(child, region, content, written)?;
         }
     }
     hits.expect(rounds())?;
@@ -164,8 +173,10 @@ fn dontneed_against_make_ksm(ksm: &Ksm) -> Result<()> {
     let mut pair = Pair::new()?;
     for round in 0..rounds() {
         let place = ["write_protected", "ksm_made", "replacing", "unadopted"][round as usize % 4];
+        // What no KSM page contains, as one may be left from the round before.
+        let content = Content::Same(1000 + u64::from(round));
         let window = hits.hold(place)?;
-        pair.fill(OTHER)?;
+        pair.fill(content)?;
         window.wait()?;
         for (child, region) in pair.each() {
             child.advise(region, libc::MADV_DONTNEED)?;
@@ -206,8 +217,7 @@ fn a_pin_against_a_merge(ksm: &Ksm) -> Result<()> {
             "a page that is in use was replaced at {place}"
         );
         user.unpin()?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut user, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut user, region)])?;
     }
     hits.expect(rounds())?;
     drop(user);
@@ -293,6 +303,14 @@ fn free_against_a_merge(ksm: &Ksm) -> Result<()> {
         window.hit()?;
         ksm.scan_until(Counters::merged(1, 1))?;
         ksm.stop()?;
+        // Reclaim takes what was given up without asking; so it finds out that this was not.
+        wait::until("reclaim has looked at the page", PATIENCE, || {
+            group.reclaim_anything(64 * memory::PAGE)?;
+            Ok(match joining.map_entries(region)?[0].pfn() {
+                Some(pfn) => pfn.flags()?.swap_backed(),
+                None => true,
+            })
+        })?;
         group
             .swap_out(&[(&joining, region)])
             .with_context(|| format!("memory was given up that is needed, at {place}"))?;

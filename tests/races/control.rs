@@ -9,6 +9,7 @@ use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::Region;
 use ksm_e2e::delays::Hits;
+use ksm_e2e::delays::Window;
 use ksm_e2e::delays::rounds;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::wait;
@@ -69,6 +70,22 @@ impl Crowd {
     }
 }
 
+/// Waits until all threads are in a batch. At the end of a pass there may be too little left for all of them: then once
+/// more.
+fn all_in_a_batch<'a>(hits: &'a Hits<'_>, place: &'static str, threads: u32) -> Result<Window<'a>> {
+    loop {
+        let mut window = hits.hold_all(place, threads, LONG)?;
+        if window.wait_a_little()? {
+            return Ok(window);
+        }
+        ensure!(
+            hits.tried() < 20 * rounds(),
+            "there is never a batch for all threads"
+        );
+        window.close()?;
+    }
+}
+
 fn stopping_against_batches_of_many_threads(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     ksm.write("scan_threads", THREADS.into())?;
@@ -78,8 +95,8 @@ fn stopping_against_batches_of_many_threads(ksm: &Ksm) -> Result<()> {
     // All pages have been seen once before: the batches that are held would merge them.
     ksm.full_scans(1)?;
     for round in 0..rounds() {
-        let window = hits.hold_all(["read", "gathered"][round as usize % 2], THREADS, LONG)?;
-        window.wait()?;
+        let place = ["read", "gathered"][round as usize % 2];
+        let window = all_in_a_batch(&hits, place, THREADS)?;
         ksm.stop()?;
         let before = ksm.counters()?;
         window.hit()?;
@@ -103,11 +120,11 @@ fn unmerging_against_batches_of_many_threads(ksm: &Ksm) -> Result<()> {
     for round in 0..rounds() {
         ksm.start()?;
         ksm.scan_until(crowd.merged())?;
-        let window = hits.hold_all(["read", "gathered"][round as usize % 2], THREADS, LONG)?;
         // Something to merge is in the batches.
         let (child, region) = &mut crowd.0[0];
         child.fill(*region, Content::Distinct(50))?;
-        window.wait()?;
+        let place = ["read", "gathered"][round as usize % 2];
+        let window = all_in_a_batch(&hits, place, THREADS)?;
         ksm.unmerge()?;
         ksm.expect(Counters::merged(0, 0))?;
         if round % 4 < 2 {
@@ -142,9 +159,7 @@ fn two_threads_against_each_other(ksm: &Ksm) -> Result<()> {
         let content = Content::Same(100 + u64::from(round));
         one.fill(here, content)?;
         other.fill(there, content)?;
-        let window = hits.hold_all("read", 2, LONG)?;
-        window.wait()?;
-        window.hit()?;
+        all_in_a_batch(&hits, "read", 2)?.hit()?;
         ksm.scan_until(Counters::merged(1, 1))?;
         quiet(ksm)?;
         ensure!(
@@ -192,8 +207,7 @@ fn knobs_against_a_merge(ksm: &Ksm) -> Result<()> {
         }
         ksm.write("scan_threads", 1)?;
         ksm.write("use_zero_pages", 0)?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut child, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut child, region)])?;
     }
     hits.expect(rounds())?;
     drop(child);
@@ -208,8 +222,8 @@ fn fewer_threads_against_batches(ksm: &Ksm) -> Result<()> {
     for round in 0..rounds() {
         ksm.write("scan_threads", THREADS.into())?;
         ksm.start()?;
-        let window = hits.hold_all(["read", "gathered"][round as usize % 2], THREADS, LONG)?;
-        window.wait()?;
+        let place = ["read", "gathered"][round as usize % 2];
+        let window = all_in_a_batch(&hits, place, THREADS)?;
         writer.begin_write_file(ksm.dir().join("scan_threads"), "1")?;
         wait::while_holds(WHILE / 4, || {
             ensure!(!writer.answered()?, "a thread was stopped in its batch");

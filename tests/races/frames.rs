@@ -12,13 +12,13 @@ use ksm_e2e::Ksm;
 use ksm_e2e::Region;
 use ksm_e2e::delays::Hits;
 use ksm_e2e::delays::rounds;
-use ksm_e2e::hotplug::Finder;
+use ksm_e2e::hotplug::Block;
+use ksm_e2e::hotplug::Hog;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGES_PER_HUGE;
 use ksm_e2e::memory::Pattern;
 use ksm_e2e::numa;
-use ksm_e2e::procfs;
 use ksm_e2e::procfs::Pfn;
 use ksm_e2e::swap::Group;
 use ksm_e2e::swap::Swap;
@@ -83,8 +83,7 @@ fn migration_against_lookup(ksm: &Ksm) -> Result<()> {
         window.wait()?;
         ensure!(move_page(&witnesses)?, "the page did not move");
         window.hit()?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut child, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut child, region)])?;
     }
     hits.expect(rounds())?;
     drop(child);
@@ -106,13 +105,12 @@ fn migration_against_append(ksm: &Ksm) -> Result<()> {
             "a page has moved that is being mapped, at {place}"
         );
         window.hit()?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut child, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut child, region)])?;
         ksm.stop()?;
         wait::until("the page moves with all its mappings", PATIENCE, || {
             move_page(&witnesses)
         })?;
-        witnesses.share_with(&mut [(&mut child, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut child, region)])?;
         ksm.start()?;
     }
     hits.expect(rounds())?;
@@ -138,7 +136,7 @@ fn migration_against_release(ksm: &Ksm) -> Result<()> {
         window.hit()?;
         ksm.scan_until(Counters::merged(1, 1).and_unshared(1))?;
         wait::until("the page moves", PATIENCE, || move_page(&witnesses))?;
-        witnesses.share_with(&mut [])?;
+        witnesses.map_the_same(&mut [])?;
         child.verify(region, OTHER)?;
         if round + 1 < rounds() {
             child.fill(region, CONTENT)?;
@@ -224,8 +222,7 @@ fn swap_out_against_append(ksm: &Ksm) -> Result<()> {
         witnesses.verify()?;
         child.verify(region, CONTENT)?;
         ksm.start()?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut child, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut child, region)])?;
         child.fill(region, OTHER)?;
         ksm.scan_until(Counters::merged(1, 1).and_unshared(1))?;
     }
@@ -335,18 +332,33 @@ fn hwpoison_against_append(ksm: &Ksm) -> Result<()> {
     hits.expect(rounds())
 }
 
-/// Two processes, with a page each that are in the same block of memory.
-struct Neighbours {
-    one: Child,
-    here: Region,
-    other: Child,
-    there: Region,
+/// A process with two equal pages, the first of them in a block of memory that can go offline.
+struct Twins {
+    child: Child,
+    region: Region,
+    block: Block,
 }
 
-impl Neighbours {
+impl Twins {
+    fn new(hog: &mut Hog) -> Result<Self> {
+        let mut child = Child::spawn()?;
+        let (region, block) = hog.map(&mut child, 2, CONTENT)?;
+        Ok(Self {
+            child,
+            region,
+            block,
+        })
+    }
+
+    /// They are where memory is, and contain what they should.
     fn verify(&mut self) -> Result<()> {
-        self.one.verify(self.here, CONTENT)?;
-        self.other.verify(self.there, CONTENT)
+        for pfn in self.child.pfns(self.region)? {
+            ensure!(
+                !self.block.contains(pfn),
+                "a page is in memory that is gone"
+            );
+        }
+        self.child.verify(self.region, CONTENT)
     }
 }
 
@@ -354,7 +366,7 @@ fn offline_against_lookup_and_merge(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     scan_briskly(ksm)?;
     let mut admin = Child::spawn()?;
-    let mut finder = Finder::default();
+    let mut hog = Hog::new()?;
     for round in 0..rounds() {
         let place = [
             "gathered",
@@ -366,26 +378,16 @@ fn offline_against_lookup_and_merge(ksm: &Ksm) -> Result<()> {
             "ksm_made",
             "unadopted",
         ][round as usize % 8];
-        let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
-        let (here, block) = finder.map(&mut one, 1, CONTENT, None)?;
-        let (there, _) = finder.map(&mut other, 1, CONTENT, Some(block))?;
-        let mut pair = Neighbours {
-            one,
-            here,
-            other,
-            there,
-        };
+        let mut twins = Twins::new(&mut hog)?;
         let (mut third, region) = newcomer(CONTENT)?;
         let early = matches!(place, "gathered" | "read" | "ksm_made" | "unadopted");
         let window = if early {
             let window = hits.hold(place)?;
-            advise(&mut pair.one, here)?;
-            advise(&mut pair.other, there)?;
+            advise(&mut twins.child, twins.region)?;
             ksm.start()?;
             window
         } else {
-            advise(&mut pair.one, here)?;
-            advise(&mut pair.other, there)?;
+            advise(&mut twins.child, twins.region)?;
             ksm.start()?;
             ksm.scan_until(Counters::merged(1, 1))?;
             let window = hits.hold(place)?;
@@ -393,8 +395,8 @@ fn offline_against_lookup_and_merge(ksm: &Ksm) -> Result<()> {
             window
         };
         window.wait()?;
-        admin.begin_write_file(block.state_file(), "offline")?;
-        let keep = block.keep();
+        admin.begin_write_file(twins.block.state_file(), "offline")?;
+        let keep = twins.block.keep();
         if place == "read" {
             // Nobody holds anything that is in its way.
             admin
@@ -417,22 +419,17 @@ fn offline_against_lookup_and_merge(ksm: &Ksm) -> Result<()> {
         if early {
             advise(&mut third, region)?;
         }
-        for (child, region) in [(&pair.one, here), (&pair.other, there)] {
-            ensure!(
-                !block.contains(child.pfns(region)?[0]),
-                "a page is in memory that is gone"
-            );
-        }
         ksm.scan_until(Counters::merged(1, 2))
             .with_context(|| format!("after {place}"))?;
-        pair.verify()?;
+        twins.verify()?;
         third.verify(region, CONTENT)?;
+        let pfn = third.pfns(region)?[0];
         ensure!(
-            third.pfns(region)? == pair.one.pfns(here)?,
+            twins.child.pfns(twins.region)? == [pfn, pfn],
             "the processes map different pages"
         );
         keep.online()?;
-        drop((pair, third));
+        drop((twins, third));
         ksm.scan_until(Counters::merged(0, 0))?;
         ksm.stop()?;
     }
@@ -443,26 +440,18 @@ fn offline_against_unmerge(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     scan_briskly(ksm)?;
     let (mut admin, mut writer) = (Child::spawn()?, Child::spawn()?);
-    let mut finder = Finder::default();
+    let mut hog = Hog::new()?;
     for round in 0..rounds() {
-        let (mut one, mut other) = (Child::spawn()?, Child::spawn()?);
-        let (here, block) = finder.map(&mut one, 1, CONTENT, None)?;
-        let (there, _) = finder.map(&mut other, 1, CONTENT, Some(block))?;
-        advise(&mut one, here)?;
-        advise(&mut other, there)?;
-        let mut pair = Neighbours {
-            one,
-            here,
-            other,
-            there,
-        };
+        let mut twins = Twins::new(&mut hog)?;
+        advise(&mut twins.child, twins.region)?;
         ksm.start()?;
         ksm.scan_until(Counters::merged(1, 1))?;
-        let keep = block.keep();
+        let keep = twins.block.keep();
+        let state = twins.block.state_file();
         if round % 3 == 0 {
             // Everybody was told that memory goes: who wants to unmerge has to wait.
             let window = hits.hold("offlining")?;
-            admin.begin_write_file(block.state_file(), "offline")?;
+            admin.begin_write_file(state, "offline")?;
             window.wait()?;
             writer.begin_write_file(ksm.dir().join("run"), "2")?;
             wait::while_holds(SHORTLY, || {
@@ -475,21 +464,18 @@ fn offline_against_unmerge(ksm: &Ksm) -> Result<()> {
             let window = hits.hold(place)?;
             writer.begin_write_file(ksm.dir().join("run"), "2")?;
             window.wait()?;
-            admin.begin_write_file(block.state_file(), "offline")?;
+            admin.begin_write_file(state, "offline")?;
             wait::while_holds(SHORTLY, || Ok(()))?;
             window.hit()?;
         }
         writer.finish_write()??;
         admin.finish_write()?.context("taking memory offline")?;
         ksm.expect(Counters::merged(0, 0))?;
-        for (child, region) in [(&pair.one, here), (&pair.other, there)] {
-            ensure!(child.ksm_pages(region)? == 0, "pages are still merged");
-            ensure!(
-                !block.contains(child.pfns(region)?[0]),
-                "a page is in memory that is gone"
-            );
-        }
-        pair.verify()?;
+        ensure!(
+            twins.child.ksm_pages(twins.region)? == 0,
+            "pages are still merged"
+        );
+        twins.verify()?;
         keep.online()?;
     }
     hits.expect(rounds())
@@ -513,6 +499,9 @@ fn collapse_against_a_batch(ksm: &Ksm) -> Result<()> {
         .into_iter()
         .map(|(index, addr)| (addr, pattern(index)))
         .collect();
+    // In small pages first.
+    child.paint(&pages)?;
+    child.advise(region, libc::MADV_HUGEPAGE)?;
     advise(&mut child, region)?;
     for round in 0..rounds() {
         let place = ["gathered", "read", "paired"][round as usize % 3];
@@ -538,10 +527,6 @@ fn collapse_against_a_batch(ksm: &Ksm) -> Result<()> {
         ensure!(
             child.differing(&pages)?.is_empty(),
             "pages have other contents after {place}"
-        );
-        ensure!(
-            procfs::smaps_kb(child.pid(), region, "AnonHugePages")? == 0,
-            "two pages of a huge page are merged, but it was not split"
         );
         // Their own again, so that all of them can be one huge page.
         ksm.unmerge()?;

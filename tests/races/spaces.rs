@@ -178,8 +178,7 @@ fn exit_against_burial(ksm: &Ksm) -> Result<()> {
         advise(&mut lasting, there)?;
         brief.kill()?;
         window.hit()?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut lasting, there)])?;
+        witnesses.share_with(ksm, &mut [(&mut lasting, there)])?;
         lasting.kill()?;
         ksm.scan_until(Counters::merged(1, 1))?;
     }
@@ -249,8 +248,7 @@ fn mremap_against_a_merge(ksm: &Ksm) -> Result<()> {
             moved
         };
         child.verify(moved, CONTENT)?;
-        ksm.scan_until(Counters::merged(1, 2))?;
-        witnesses.share_with(&mut [(&mut child, moved)])?;
+        witnesses.share_with(ksm, &mut [(&mut child, moved)])?;
         child.munmap(moved)?;
         ksm.scan_until(Counters::merged(1, 1))?;
     }
@@ -314,8 +312,7 @@ fn fork_against_a_merge(ksm: &Ksm) -> Result<()> {
             child.verify(region, CONTENT)?;
             parent.fill(region, CONTENT)?;
         }
-        ksm.scan_until(Counters::merged(1, 3))?;
-        witnesses.share_with(&mut [(&mut parent, region), (&mut child, region)])?;
+        witnesses.share_with(ksm, &mut [(&mut parent, region), (&mut child, region)])?;
         drop((child, parent));
         ksm.scan_until(Counters::merged(1, 1))?;
     }

@@ -10,6 +10,8 @@ use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::procfs;
+use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
 
 /// What the page contains that the witnesses share.
 pub const CONTENT: Content = Content::Same(1);
@@ -63,28 +65,33 @@ impl Witnesses {
             .context("a witness has another page")
     }
 
-    /// They still share one page, and these others share it with them.
-    pub fn share_with(&mut self, others: &mut [(&mut Child, Region)]) -> Result<()> {
-        let pfn = self.one.pfns(self.here)?;
-        ensure!(
-            pfn == self.other.pfns(self.there)?,
-            "the witnesses map different pages"
-        );
-        for (child, region) in others {
-            ensure!(
-                child.pfns(*region)? == pfn,
-                "a process maps another page than the witnesses"
-            );
-            child.verify(*region, CONTENT)?;
-        }
-        self.verify()
+    /// Waits until they share one page, and these others share it with them, and the counters say so: they may say so
+    /// before, of a mapping that is gone already.
+    pub fn share_with(&mut self, ksm: &Ksm, others: &mut [(&mut Child, Region)]) -> Result<()> {
+        self.map_the_same(others)?;
+        let sharing = 1 + others.len() as u64;
+        ksm.scan_until(Counters::merged(1, sharing))
+    }
+
+    /// Waits until they share one page, and these others share it with them.
+    pub fn map_the_same(&mut self, others: &mut [(&mut Child, Region)]) -> Result<()> {
+        wait::until("all map the same page", PATIENCE, || {
+            self.verify()?;
+            let pfn = self.one.pfns(self.here)?;
+            let mut same = pfn == self.other.pfns(self.there)?;
+            for (child, region) in others.iter_mut() {
+                child.verify(*region, CONTENT)?;
+                same &= child.pfns(*region)? == pfn;
+            }
+            Ok(same)
+        })
     }
 
     /// All others are gone: what is left is what the witnesses share, and all counters say so.
     pub fn end(mut self, ksm: &Ksm) -> Result<()> {
         self.verify()?;
         ksm.merge_until(Counters::merged(1, 1))?;
-        self.share_with(&mut [])?;
+        self.share_with(ksm, &mut [])?;
         for child in [&self.one, &self.other] {
             for (name, wanted) in [("ksm_rmap_items", 1), ("ksm_merging_pages", 1)] {
                 let seen = procfs::ksm_stat(child.pid(), name)?;

@@ -159,6 +159,18 @@ impl Window<'_> {
         Ok(())
     }
 
+    /// Waits until all of the threads are there, if that is soon.
+    pub fn wait_a_little(&self) -> Result<bool> {
+        let start = Instant::now();
+        while self.arrived()? < self.threads {
+            if start.elapsed() > Duration::from_secs(1) * slowness() {
+                return Ok(false);
+            }
+            std::thread::yield_now();
+        }
+        Ok(true)
+    }
+
     /// Whether all of them are still there.
     pub fn holds(&self) -> Result<bool> {
         Ok(self.row()?.left == self.before.left)

@@ -179,6 +179,65 @@ pub fn bring_back() -> Result<bool> {
     Ok(any)
 }
 
+/// A process that keeps the memory that cannot go offline, so that others get what can.
+#[derive(Debug)]
+pub struct Hog {
+    child: Child,
+    node: u32,
+}
+
+impl Hog {
+    /// Takes memory of the last node until what the next one gets can go offline.
+    pub fn new() -> Result<Self> {
+        let nodes = numa::nodes()?;
+        let mut hog = Self {
+            child: Child::spawn()?,
+            node: *nodes.last().context("a machine without memory")?,
+        };
+        for _ in 0..STEPS {
+            if hog.try_next()?.1.is_movable()? {
+                return Ok(hog);
+            }
+            hog.eat()?;
+        }
+        bail!(
+            "there is no memory that can go offline, as with movablecore= on the kernel's command line"
+        )
+    }
+
+    fn eat(&mut self) -> Result<()> {
+        let step = self.child.map(Mapping::pages(STEP).on_node(self.node))?;
+        self.child.fill(step, Content::Same(0))
+    }
+
+    fn try_next(&mut self) -> Result<(Region, Block)> {
+        let region = self.child.map(Mapping::pages(1).on_node(self.node))?;
+        self.child.fill(region, Content::Same(0))?;
+        let block = Block::of(self.child.pfns(region)?[0])?;
+        Ok((region, block))
+    }
+
+    /// Maps memory of a helper, filled and not yet advised, and says in which block its first page is, which can go offline.
+    pub fn map(
+        &mut self,
+        child: &mut Child,
+        pages: usize,
+        content: Content,
+    ) -> Result<(Region, Block)> {
+        for _ in 0..STEPS {
+            let region = child.map(Mapping::pages(pages).on_node(self.node))?;
+            child.fill(region, content)?;
+            let block = Block::of(child.pfns(region)?[0])?;
+            if block.is_movable()? {
+                return Ok((region, block));
+            }
+            child.munmap(region)?;
+            self.eat()?;
+        }
+        bail!("there is no more memory that can go offline")
+    }
+}
+
 /// Finds memory in blocks that can go offline.
 #[derive(Debug, Default)]
 pub struct Finder {

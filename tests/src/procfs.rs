@@ -14,6 +14,7 @@ use crate::memory::Region;
 
 /// Bits of `/proc/kpageflags`.
 const KPF_ANON: u64 = 12;
+const KPF_SWAPBACKED: u64 = 14;
 const KPF_HWPOISON: u64 = 19;
 const KPF_NOPAGE: u64 = 20;
 const KPF_KSM: u64 = 21;
@@ -101,6 +102,11 @@ impl PageFlags {
     /// An anonymous page.
     pub fn anonymous(self) -> bool {
         self.bit(KPF_ANON)
+    }
+
+    /// An anonymous page that must go to swap before it can be freed.
+    pub fn swap_backed(self) -> bool {
+        self.bit(KPF_SWAPBACKED)
     }
 
     /// The kernel's page of zeroes.

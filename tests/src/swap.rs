@@ -168,12 +168,21 @@ impl Group {
 
     /// Asks the kernel to take pages from the group; it may manage fewer.
     pub fn reclaim(&self, bytes: usize) -> Result<()> {
+        self.ask(&format!("{bytes} swappiness=max"))
+    }
+
+    /// The same for pages of any kind, those among them that may be dropped without going to swap.
+    pub fn reclaim_anything(&self, bytes: usize) -> Result<()> {
+        self.ask(&bytes.to_string())
+    }
+
+    fn ask(&self, words: &str) -> Result<()> {
         let path = self.0.join("memory.reclaim");
         let mut file = OpenOptions::new()
             .write(true)
             .open(&path)
             .context("memory.reclaim")?;
-        match file.write_all(format!("{bytes} swappiness=max").as_bytes()) {
+        match file.write_all(words.as_bytes()) {
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(()),
             other => other.context("memory.reclaim"),
         }
