@@ -179,6 +179,16 @@ unsigned long ksm_rs_mm_anon_pages(struct mm_struct *mm)
 	return get_mm_counter_sum(mm, MM_ANONPAGES);
 }
 
+void ksm_rs_vma_iter_init(struct vma_iterator *vmas, struct mm_struct *mm, unsigned long address)
+{
+	vma_iter_init(vmas, mm, address);
+}
+
+struct vm_area_struct *ksm_rs_vma_next(struct vma_iterator *vmas)
+{
+	return vma_next(vmas);
+}
+
 bool ksm_rs_mm_mergeable(struct mm_struct *mm)
 {
 	return mm_flags_test(MMF_VM_MERGEABLE, mm);

@@ -141,6 +141,8 @@ bool ksm_rs_vma_mergeable(struct vm_area_struct *vma);
 unsigned long ksm_rs_linear_page_index(struct vm_area_struct *vma, unsigned long addr);
 bool ksm_rs_mm_mergeable(struct mm_struct *mm);
 unsigned long ksm_rs_mm_anon_pages(struct mm_struct *mm);
+void ksm_rs_vma_iter_init(struct vma_iterator *vmas, struct mm_struct *mm, unsigned long address);
+struct vm_area_struct *ksm_rs_vma_next(struct vma_iterator *vmas);
 bool ksm_rs_mm_tlb_flush_pending(struct mm_struct *mm);
 bool ksm_rs_mmap_lock_contended(struct mm_struct *mm);
 unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr);

@@ -572,7 +572,7 @@ impl Engine {
 
     /// Whether the pages of two items are worth a try, without touching either; splits those of huge pages.
     fn check_pair(&self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
-        let page = self.fetch(id).ok_or(NotMerged::Gone)?;
+        let page = self.fetch_replaceable(id).ok_or(NotMerged::Gone)?;
         if page.has_other_users() {
             return Err(NotMerged::Busy);
         }

@@ -121,21 +121,24 @@ pub(crate) struct Locked<'a> {
 }
 
 impl Locked<'_> {
-    /// The first VMA that ends above `address` and whose anonymous pages may be merged.
-    pub(crate) fn mergeable_from(&self, mut address: usize) -> Option<Vma<'_>> {
+    /// The first VMA that ends above `address` and whose anonymous pages may be merged. Goes past all others.
+    pub(crate) fn mergeable_from(&self, address: usize) -> Option<Vma<'_>> {
+        let mut vmas = bindings::vma_iterator::default();
+        // SAFETY: The iterator is ours, the mm is valid.
+        unsafe { bindings::ksm_rs_vma_iter_init(&mut vmas, self.mm, address) };
         loop {
-            // SAFETY: The mmap lock is held by the invariant.
-            let vma = unsafe { bindings::find_vma(self.mm, address) };
+            // SAFETY: The mmap lock is held by the invariant, since the iterator was made.
+            let vma = unsafe { bindings::ksm_rs_vma_next(&mut vmas) };
             if vma.is_null() {
                 return None;
             }
-            // SAFETY: `find_vma()` returned a VMA, and the lock keeps it valid as long as `self` is borrowed.
-            let vma = unsafe { VmaRef::from_raw(vma) };
-            let vma = Vma { vma };
+            // SAFETY: It is a VMA, and the lock keeps it valid as long as `self` is borrowed.
+            let vma = Vma {
+                vma: unsafe { VmaRef::from_raw(vma) },
+            };
             if vma.is_mergeable() {
                 return Some(vma);
             }
-            address = vma.end();
         }
     }
 

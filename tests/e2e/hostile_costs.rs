@@ -1,5 +1,8 @@
 //! What processes cost that want to make the thread work for nothing, or the kernel use memory: with ksm_rs, and with the
 //! kernel's own KSM in the same boot. Prints a table, and fails where ksm_rs costs much more.
+//!
+//! Time is worth comparing where QEMU counts instructions (`--cpus 1 --qemu-opts "-icount shift=0,sleep=off"`): a
+//! microsecond is a thousand of them then. `KSM_E2E_ICOUNT=1` says so, and the limits are taken at their word.
 
 use anyhow::Context;
 use anyhow::Result;
@@ -15,6 +18,7 @@ use ksm_e2e::kprobe::Calls;
 use ksm_e2e::ksm::OURS;
 use ksm_e2e::ksm::STOCK;
 use ksm_e2e::memory;
+use ksm_e2e::memory::HUGE;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
 use ksm_e2e::memory::PAGES_PER_HUGE;
@@ -29,7 +33,11 @@ use serde::Deserialize;
 use serde::Serialize;
 
 ksm_e2e::tests![module_test:
-    no_memory_costs_much_more_time_than_with_stock,
+    contents_cost_no_more_time_than_with_stock,
+    areas_cost_no_more_time_than_with_stock,
+    sharing_costs_no_more_time_than_with_stock,
+    processes_cost_no_more_time_than_with_stock,
+    pages_that_cannot_be_merged_cost_no_more_time_than_with_stock,
     no_memory_costs_more_kernel_memory_than_with_stock,
 ];
 
@@ -59,32 +67,49 @@ impl Scene {
 
 type Make = fn(&Ksm) -> Result<Scene>;
 
-/// All scenes, and by what factor ksm_rs may cost more than stock: where a pass is short, what it takes to begin and end
-/// one shows.
-const SCENES: [(&str, Make, f64); 14] = [
-    ("nothing special: unique pages", unique, 1.5),
-    ("pages that change before every pass", changing, 1.5),
-    ("pages written to as soon as they are merged", broken, 1.5),
-    (
-        "advice given and taken back again and again",
-        readvised,
-        1.5,
-    ),
-    ("an area for every page", many_areas, 1.5),
-    ("areas that nobody advised", unadvised_areas, 5.0),
-    ("a page in every page table", sparse, 1.5),
-    ("page tables full of the zero page", zero_page, 1.5),
-    ("processes without a page", empty_processes, 3.0),
-    ("forks of merged memory that come and go", forks, 1.5),
-    ("more equal pages than may share one", chain, 1.5),
-    ("equal pages that are pinned", pinned, 1.5),
-    ("equal pages that may not be replaced", watched, 1.5),
-    (
-        "pages made to collide by who knows the key",
-        colliding,
-        20.0,
-    ),
-];
+/// Scenes with their names, and by what factor ksm_rs may cost more than stock: where a pass is short, what it takes to
+/// begin and end one shows.
+type Scenes<'a> = &'a [(&'a str, Make, f64)];
+
+fn contents_cost_no_more_time_than_with_stock(_: &Ksm) -> Result<()> {
+    compare(&[
+        ("nothing special: unique pages", unique, 1.5),
+        ("pages that change before every pass", changing, 1.5),
+        ("pages written to as soon as they are merged", broken, 1.5),
+    ])
+}
+
+fn areas_cost_no_more_time_than_with_stock(_: &Ksm) -> Result<()> {
+    compare(&[
+        ("an area for every page", many_areas, 1.5),
+        ("areas that nobody advised", unadvised_areas, 1.5),
+        ("a page in every page table", sparse, 1.5),
+        ("page tables full of the zero page", zero_page, 1.5),
+    ])
+}
+
+fn sharing_costs_no_more_time_than_with_stock(_: &Ksm) -> Result<()> {
+    compare(&[
+        ("advice given and taken back all the time", readvised, 1.5),
+        ("more equal pages than may share one", chain, 1.5),
+    ])
+}
+
+fn processes_cost_no_more_time_than_with_stock(_: &Ksm) -> Result<()> {
+    compare(&[
+        ("forks of merged memory that come and go", forks, 2.5),
+        ("processes without a page", empty_processes, 3.0),
+    ])
+}
+
+fn pages_that_cannot_be_merged_cost_no_more_time_than_with_stock(_: &Ksm) -> Result<()> {
+    compare(&[
+        ("equal pages that are pinned", pinned, 1.5),
+        // Which stock replaces.
+        ("equal pages that may not be replaced", watched, 6.0),
+        ("pages made to collide by who knows the key", colliding, 4.0),
+    ])
+}
 
 /// What something costs for each pass.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -185,11 +210,12 @@ fn sparse(_: &Ksm) -> Result<Scene> {
 fn zero_page(_: &Ksm) -> Result<Scene> {
     let region = Mapping::pages(16_384).map()?;
     memory::advise(region, libc::MADV_MERGEABLE)?;
+    // One page of its own, without which nobody looks at an area.
+    fill(region.part(0, 1), Content::Distinct(1));
     for addr in region.addresses() {
         // SAFETY: The region is mapped.
         unsafe { memory::read(addr, 1) };
     }
-    map(1, Content::Distinct(1))?;
     Ok(Scene::at_rest(1))
 }
 
@@ -283,10 +309,26 @@ fn colliding(ksm: &Ksm) -> Result<Scene> {
     Ok(Scene::at_rest(region.pages))
 }
 
+/// CPU time of a thread that goes to sleep, once it sleeps: what it has used is known when another one runs.
+fn cpu_when_asleep(thread: i32) -> Result<u64> {
+    let seen = || -> Result<_> {
+        Ok((
+            procfs::cpu_nanosecs(thread)?,
+            procfs::context_switches(thread)?,
+        ))
+    };
+    let mut last = seen()?;
+    wait::until("the thread sleeps", PATIENCE, || {
+        let now = seen()?;
+        Ok(std::mem::replace(&mut last, now) == now)
+    })?;
+    Ok(last.0)
+}
+
 /// Plays a scene in a process of its own, and measures what the thread does.
 fn play(ksm: &Ksm, make: Make) -> Result<Cost> {
     const WARM: usize = 3;
-    const ROUNDS: usize = 4;
+    const ROUNDS: usize = 3;
     let settings = Settings::remember(ksm)?;
     ksm.write("smart_scan", 0)?;
     let cost = child::in_a_fork(|| {
@@ -301,9 +343,9 @@ fn play(ksm: &Ksm, make: Make) -> Result<Cost> {
         let mut cpu_nanosecs = u64::MAX;
         for _ in 0..ROUNDS {
             (scene.before)()?;
-            let before = procfs::cpu_nanosecs(thread)?;
+            let before = cpu_when_asleep(thread)?;
             passes.make(scene.passes)?;
-            cpu_nanosecs = cpu_nanosecs.min(procfs::cpu_nanosecs(thread)? - before);
+            cpu_nanosecs = cpu_nanosecs.min(cpu_when_asleep(thread)? - before);
         }
         // Counting takes time of its own.
         (scene.before)()?;
@@ -324,12 +366,12 @@ fn play(ksm: &Ksm, make: Make) -> Result<Cost> {
     Ok(cost)
 }
 
-fn no_memory_costs_much_more_time_than_with_stock(_: &Ksm) -> Result<()> {
+fn compare(scenes: Scenes) -> Result<()> {
     let all = |ksm: &Ksm| {
         let play = |(name, make, _): &(&str, Make, f64)| {
             play(ksm, *make).with_context(|| format!("{name}, with {}", ksm.dir().display()))
         };
-        SCENES.iter().map(play).collect::<Result<Vec<Cost>>>()
+        scenes.iter().map(play).collect::<Result<Vec<Cost>>>()
     };
     let stock = Ksm::at(STOCK);
     let wanted = all(&stock)?;
@@ -340,8 +382,11 @@ fn no_memory_costs_much_more_time_than_with_stock(_: &Ksm) -> Result<()> {
     eprintln!(
         "\nper page and pass: microseconds, comparisons of pages, flushes of a mapping, copies; stock | ksm_rs"
     );
+    // Where others take the CPU from the machine, its time is theirs as well.
+    let counted = std::env::var_os("KSM_E2E_ICOUNT").is_some();
+    let noise = if counted { 1.0 } else { 5.0 };
     let mut worse = Vec::new();
-    for (((name, _, most), stock), ours) in SCENES.iter().zip(&wanted).zip(&seen) {
+    for (((name, _, most), stock), ours) in scenes.iter().zip(&wanted).zip(&seen) {
         let row = |cost: &Cost| {
             let each = |number: u64| number as f64 / cost.pages as f64;
             format!(
@@ -354,7 +399,7 @@ fn no_memory_costs_much_more_time_than_with_stock(_: &Ksm) -> Result<()> {
         };
         let factor = ours.cpu_nanosecs as f64 / stock.cpu_nanosecs as f64;
         eprintln!("{name:45} {} | {} | {factor:5.2}", row(stock), row(ours));
-        if factor > *most {
+        if factor > most * noise {
             worse.push(format!(
                 "{name}: {factor:.2} times the time of stock, at most {most}"
             ));
@@ -436,10 +481,15 @@ fn measure_memory(ksm: &Ksm) -> Result<Memory> {
 
 /// A process that moves its pages on as soon as they are scanned: most records that there are, for each page.
 fn walk(ksm: &Ksm) -> Result<f64> {
-    const PAGES: usize = 512;
     const STEPS: usize = 100;
+    // A page table for each step, as the scan looks at whole ones.
+    const PAGES: usize = PAGES_PER_HUGE;
     child::in_a_fork(|| {
-        let region = Mapping::pages(PAGES * STEPS).map()?;
+        let mapping = Mapping {
+            align: HUGE,
+            ..Mapping::pages(PAGES * STEPS)
+        };
+        let region = mapping.map()?;
         memory::advise(region, libc::MADV_MERGEABLE)?;
         let mut passes = Passes::of(ksm)?;
         ksm.write("pages_to_scan", PAGES as u64)?;
@@ -450,7 +500,7 @@ fn walk(ksm: &Ksm) -> Result<f64> {
             if step > 0 {
                 memory::advise(region.part((step - 1) * PAGES, PAGES), libc::MADV_DONTNEED)?;
             }
-            passes.turn()?;
+            passes.turn_in_vain()?;
             most = most.max(procfs::ksm_stat(
                 std::process::id() as i32,
                 "ksm_rmap_items",

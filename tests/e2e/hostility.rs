@@ -153,6 +153,8 @@ fn a_page_that_waits_for_an_access_costs_its_likes_no_copies(ksm: &Ksm) -> Resul
         // A kernel without this kind of protection has no such pages.
         return Ok(());
     };
+    // Before there is anything that it would have from us.
+    let mut other = Child::spawn()?;
     let region = Mapping::pages(PAGES).map()?;
     // SAFETY: The region was just mapped.
     unsafe { memory::fill(region, CONTENT) };
@@ -161,10 +163,12 @@ fn a_page_that_waits_for_an_access_costs_its_likes_no_copies(ksm: &Ksm) -> Resul
     watcher.protect(region, true)?;
     let mut passes = Passes::of(ksm)?;
     passes.make(3)?;
-    ksm.expect(Counters::merged(0, 0).and_unshared(PAGES as u64))?;
+    ensure!(
+        ksm.read("pages_shared")? == 0,
+        "protected pages were merged"
+    );
 
     // Pages of somebody else, equal to those that nobody may replace, merge with each other.
-    let mut other = Child::spawn()?;
     let there = other.map_mergeable(PAGES, CONTENT)?;
     let before = procfs::vmstat("cow_ksm")?;
     passes.make(6)?;
@@ -183,9 +187,14 @@ fn a_page_that_waits_for_an_access_costs_its_likes_no_copies(ksm: &Ksm) -> Resul
 
 fn a_walk_in_front_of_the_scan_leaves_few_records_behind(ksm: &Ksm) -> Result<()> {
     // As many pages as are scanned in a turn, moved on after each: the pass goes on as long as there are addresses.
-    const PAGES: usize = 512;
+    // A page table for each step, as the scan looks at whole ones.
+    const PAGES: usize = memory::PAGES_PER_HUGE;
     const STEPS: usize = 60;
-    let region = Mapping::pages(PAGES * STEPS).map()?;
+    let mapping = Mapping {
+        align: memory::HUGE,
+        ..Mapping::pages(PAGES * STEPS)
+    };
+    let region = mapping.map()?;
     memory::advise(region, libc::MADV_MERGEABLE)?;
     let mut passes = Passes::of(ksm)?;
     ksm.write("pages_to_scan", PAGES as u64)?;
@@ -197,7 +206,7 @@ fn a_walk_in_front_of_the_scan_leaves_few_records_behind(ksm: &Ksm) -> Result<()
         if step > 0 {
             memory::advise(region.part((step - 1) * PAGES, PAGES), libc::MADV_DONTNEED)?;
         }
-        passes.turn()?;
+        passes.turn_in_vain()?;
         most = most.max(procfs::ksm_stat(own_pid(), "ksm_rmap_items")?);
     }
     let pages = PAGES as u64;
@@ -209,7 +218,7 @@ fn a_walk_in_front_of_the_scan_leaves_few_records_behind(ksm: &Ksm) -> Result<()
     );
     // And they are gone with the next pass.
     ksm.write("pages_to_scan", 100_000)?;
-    passes.turn()?;
+    passes.turn_in_vain()?;
     passes.pass()?;
     let left = procfs::ksm_stat(own_pid(), "ksm_rmap_items")?;
     ensure!(left == pages, "{left} records are left");

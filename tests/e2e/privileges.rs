@@ -177,7 +177,7 @@ fn others_read_what_stock_shows_and_two_counts_more(_: &Ksm) -> Result<()> {
     for (name, mode) in [("scan_threads", 0o100_644), ("alloc_failures", 0o100_444)] {
         ensure!(seen.remove(name) == Some(mode), "{name} has another mode");
     }
-    ensure!(seen == stock, "stock: {stock:o?}, ksm_rs: {seen:o?}");
+    ensure!(seen == stock, "stock: {stock:?}, ksm_rs: {seen:?}");
     let events = readable_of_events(EVENTS)?;
     ensure!(
         events.is_subset(&stock_events),

@@ -80,6 +80,22 @@ impl<'a> Passes<'a> {
         Ok(())
     }
 
+    /// One turn, though nothing may come of it that is counted.
+    pub fn turn_in_vain(&mut self) -> Result<()> {
+        self.rest()?;
+        let before = procfs::context_switches(self.thread)?;
+        if self.ksm.read("run")? != MERGE {
+            self.ksm.start()?;
+        } else {
+            self.sleep += 1;
+            self.ksm.write("sleep_millisecs", self.sleep)?;
+        }
+        wait::until("the thread has woken", PATIENCE, || {
+            Ok(procfs::context_switches(self.thread)? != before)
+        })?;
+        self.rest()
+    }
+
     /// One whole pass. There must be something to scan, and no more than `pages_to_scan`.
     pub fn pass(&mut self) -> Result<()> {
         let before = self.ksm.read("full_scans")?;
