@@ -10,25 +10,23 @@ use anyhow::ensure;
 use ksm_e2e::module;
 
 use crate::actor::Actor;
-use crate::actor::Stage;
 
 /// All actors of this group.
 pub fn actors() -> Vec<Actor> {
-    let steps: [(_, fn(&mut Stage) -> Result<()>); 7] = [
-        ("knobs-1", knobs::rewrite),
-        ("knobs-2", knobs::rewrite),
-        ("knobs-3", knobs::rewrite),
-        ("run", knobs::cycle_run),
-        ("reload", reload::unload_and_load),
-        ("cpus", cpus::take_offline_and_back),
-        ("freeze", freeze::freeze),
-    ];
-    let actor = |(name, step)| Actor {
+    let actor = |name, step| Actor {
         name,
         group: "control",
         step,
     };
-    steps.into_iter().map(actor).collect()
+    vec![
+        actor("knobs-1", knobs::rewrite),
+        actor("knobs-2", knobs::rewrite),
+        actor("knobs-3", knobs::rewrite),
+        actor("run", knobs::cycle_run),
+        actor("reload", reload::unload_and_load),
+        actor("cpus", cpus::take_offline_and_back),
+        actor("freeze", freeze::freeze),
+    ]
 }
 
 /// Nothing: see [`Prepared::undo`].

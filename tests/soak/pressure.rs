@@ -46,25 +46,24 @@ const SETTINGS: [&str; 4] = [
 
 /// All actors of this group.
 pub fn actors() -> Vec<Actor> {
-    let steps: [(_, fn(&mut Stage) -> Result<()>); 11] = [
-        ("swap", cycle_swap),
-        ("reclaim", reclaim),
-        ("oom", oom),
-        ("compaction", compaction::compact),
-        ("khugepaged", compaction::collapse),
-        ("nodes", nodes::migrate),
-        ("balancing", nodes::balance),
-        ("blocks", blocks::take_offline_and_back),
-        ("poison-soft", poison::soft),
-        ("poison-hard", poison::hard),
-        ("balloon", balloon::inflate_and_deflate),
-    ];
-    let actor = |(name, step)| Actor {
+    let actor = |name, step| Actor {
         name,
         group: "pressure",
         step,
     };
-    steps.into_iter().map(actor).collect()
+    vec![
+        actor("swap", cycle_swap),
+        actor("reclaim", reclaim),
+        actor("oom", oom),
+        actor("compaction", compaction::compact),
+        actor("khugepaged", compaction::collapse),
+        actor("nodes", nodes::migrate),
+        actor("balancing", nodes::balance),
+        actor("blocks", blocks::take_offline_and_back),
+        actor("poison-soft", poison::soft),
+        actor("poison-hard", poison::hard),
+        actor("balloon", balloon::inflate_and_deflate),
+    ]
 }
 
 /// The system before a round.

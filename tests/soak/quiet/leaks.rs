@@ -74,13 +74,14 @@ impl Objects {
                 .collect();
             Ok((!grown.is_empty()).then(|| grown.join(", ")))
         });
-        let differences: Vec<String> = left
-            .iter()
-            .map(|(cache, (now, _))| {
-                let (then, _) = self.0.get(cache).copied().unwrap_or_default();
-                format!("{cache} {:+}", *now as i64 - then as i64)
-            })
-            .collect();
+        let mut differences: Vec<String> = Vec::new();
+        for (cache, (now, _)) in &left {
+            let (then, _) = self.0.get(cache).copied().unwrap_or_default();
+            let difference = *now as i64 - then as i64;
+            if difference != 0 {
+                differences.push(format!("{cache} {difference:+}"));
+            }
+        }
         println!(
             "soak: objects since before the module was loaded: {}",
             differences.join(", ")
