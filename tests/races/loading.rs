@@ -37,6 +37,9 @@ ksm_e2e::tests![module_test:
 /// How long a window stays open that nobody can close, as the file for that is gone already.
 const LONG: Duration = Duration::from_millis(200);
 
+/// How many forks are left alive at a time.
+const FORKS: usize = 4;
+
 /// How long a thread can wait in a probe.
 const MOMENT: Duration = Duration::from_millis(10);
 
@@ -229,10 +232,13 @@ fn loading_against_fork(ksm: &Ksm) -> Result<()> {
         });
         let mut children = Vec::new();
         let mut spans = Vec::new();
-        while !load.is_finished() || children.len() < 3 {
+        while !load.is_finished() || children.len() < FORKS {
             let mut result = None;
             spans.push(Span::of(|| result = Some(parent.fork())));
             children.push(result.context("a span without a fork")??);
+            if children.len() > FORKS {
+                children.remove(0).kill()?;
+            }
         }
         let loading = match load.join() {
             Ok(result) => result?,
