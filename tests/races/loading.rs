@@ -10,6 +10,7 @@ use anyhow::Result;
 use anyhow::ensure;
 use ksm_e2e::Child;
 use ksm_e2e::Ksm;
+use ksm_e2e::Region;
 use ksm_e2e::child::Span;
 use ksm_e2e::delays::Hits;
 use ksm_e2e::delays::rounds;
@@ -22,7 +23,6 @@ use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 
 use crate::stage::CONTENT;
-use crate::stage::Witnesses;
 use crate::stage::advise;
 use crate::stage::newcomer;
 use crate::stage::scan_briskly;
@@ -36,6 +36,9 @@ ksm_e2e::tests![module_test:
 
 /// How long a window stays open that nobody can close, as the file for that is gone already.
 const LONG: Duration = Duration::from_millis(200);
+
+/// How many forks are left alive at a time.
+const FORKS: usize = 4;
 
 /// How long a thread can wait in a probe.
 const MOMENT: Duration = Duration::from_millis(10);
@@ -58,12 +61,53 @@ fn span_of(log: &mut Log, place: &str) -> Result<Span> {
     Ok(Span { from, to })
 }
 
+/// Two processes with a page each, that outlive the module.
+struct Pair {
+    one: Child,
+    here: Region,
+    other: Child,
+    there: Region,
+}
+
+impl Pair {
+    fn new() -> Result<Self> {
+        let (mut one, here) = newcomer(CONTENT)?;
+        let (mut other, there) = newcomer(CONTENT)?;
+        advise(&mut one, here)?;
+        advise(&mut other, there)?;
+        Ok(Self {
+            one,
+            here,
+            other,
+            there,
+        })
+    }
+
+    /// Waits until they share the page.
+    fn merge(&self, ksm: &Ksm) -> Result<()> {
+        scan_briskly(ksm)?;
+        wait::until("the pages are merged", PATIENCE, || {
+            Ok(self.one.ksm_pages(self.here)? == 1 && self.other.ksm_pages(self.there)? == 1)
+        })
+    }
+
+    fn verify_unmerged(&mut self) -> Result<()> {
+        for (child, region) in [(&mut self.one, self.here), (&mut self.other, self.there)] {
+            child.verify(region, CONTENT)?;
+            ensure!(child.ksm_pages(region)? == 0, "a page is still merged");
+        }
+        Ok(())
+    }
+}
+
 /// Everything is undone, but the probes are there, and somebody is in one, when the module wants to go.
 fn unloading_against_probes(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
+    let mut pair = Pair::new()?;
+    let mut parent = pair.one.fork()?;
     for _ in 0..rounds() {
         module::load("run=1")?;
-        let mut witnesses = Witnesses::begin(ksm)?;
+        pair.merge(ksm)?;
         let mut log = Log::from_now()?;
         for (place, threads, limit) in [
             ("dismantled", 1, LONG),
@@ -77,20 +121,13 @@ fn unloading_against_probes(ksm: &Ksm) -> Result<()> {
         }
         let unload = std::thread::spawn(module::unload);
         // Processes that enter and leave all the time until the module is gone.
-        let mut parent = witnesses.one.fork()?;
         let mut spans = Vec::new();
         while !unload.is_finished() {
             let mut child = None;
-            let mut result = Ok(());
-            spans.push(Span::of(|| match parent.fork() {
-                Ok(new) => child = Some(new),
-                Err(error) => result = Err(error),
-            }));
-            result?;
-            if let Some(mut child) = child {
-                child.verify(witnesses.here, CONTENT)?;
-                child.kill()?;
-            }
+            spans.push(Span::of(|| child = Some(parent.fork())));
+            let mut child = child.context("a span without a fork")??;
+            child.verify(pair.here, CONTENT)?;
+            child.kill()?;
         }
         match unload.join() {
             Ok(result) => result?,
@@ -100,13 +137,8 @@ fn unloading_against_probes(ksm: &Ksm) -> Result<()> {
         if spans.iter().any(|span| span.overlaps(open)) {
             hits.count();
         }
-        witnesses.verify()?;
-        parent.verify(witnesses.here, CONTENT)?;
-        ensure!(
-            witnesses.one.ksm_pages(witnesses.here)? == 0,
-            "a page is still merged"
-        );
-        drop((parent, witnesses));
+        pair.verify_unmerged()?;
+        parent.verify(pair.here, CONTENT)?;
     }
     hits.expect(rounds())
 }
@@ -114,9 +146,10 @@ fn unloading_against_probes(ksm: &Ksm) -> Result<()> {
 fn unloading_against_a_writer(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     let mut writer = Child::spawn()?;
+    let mut pair = Pair::new()?;
     for round in 0..rounds() {
         module::load("run=1")?;
-        let mut witnesses = Witnesses::begin(ksm)?;
+        pair.merge(ksm)?;
         let mut log = Log::from_now()?;
         (ksm).write_text("delays", &format!("storing {} 1", LONG.as_micros()))?;
         let run = ["0", "1", "2"][round as usize % 3];
@@ -138,11 +171,7 @@ fn unloading_against_a_writer(ksm: &Ksm) -> Result<()> {
         if span.overlaps(open) || (open.from <= span.from && span.to <= open.to) {
             hits.count();
         }
-        witnesses.verify()?;
-        ensure!(
-            witnesses.one.ksm_pages(witnesses.here)? == 0,
-            "a page is still merged"
-        );
+        pair.verify_unmerged()?;
     }
     hits.expect(rounds())
 }
@@ -203,10 +232,13 @@ fn loading_against_fork(ksm: &Ksm) -> Result<()> {
         });
         let mut children = Vec::new();
         let mut spans = Vec::new();
-        while !load.is_finished() || children.len() < 3 {
+        while !load.is_finished() || children.len() < FORKS {
             let mut result = None;
             spans.push(Span::of(|| result = Some(parent.fork())));
             children.push(result.context("a span without a fork")??);
+            if children.len() > FORKS {
+                children.remove(0).kill()?;
+            }
         }
         let loading = match load.join() {
             Ok(result) => result?,
