@@ -204,13 +204,24 @@ fn settings(rng: &mut Rng) -> Result<String> {
     ];
     for (knob, values) in choices {
         let value = values[rng.usize(..values.len())];
-        if ksm.has(knob) {
-            ksm.write(knob, value)?;
-            text += &format!("{knob}={value} ");
+        if !ksm.has(knob) {
+            continue;
+        }
+        match ksm.write_bytes(knob, value.to_string().as_bytes()) {
+            Ok(_) => text += &format!("{knob}={value} "),
+            // As with the kernel's own KSM, as long as a page is left that was merged in a child of a process which has
+            // no mergeable memory, and cannot be unmerged there.
+            Err(Errno::EBUSY) if left_in_other_memory()? => text += &format!("{knob} is busy "),
+            Err(errno) => return Err(errno).context(knob),
         }
     }
     ksm.start()?;
     Ok(text)
+}
+
+/// Whether any process maps KSM pages in memory that is not mergeable.
+fn left_in_other_memory() -> Result<bool> {
+    Ok(quiet::census::Census::take()?.elsewhere() > 0)
 }
 
 /// What went wrong, and with whom.

@@ -4,7 +4,7 @@
 //! A [`census`] of all page tables says what the counters ought to say. [`leaks`] knows what there was of the kernel's
 //! objects before the module was loaded.
 
-mod census;
+pub mod census;
 mod holders;
 mod leaks;
 mod tasks;

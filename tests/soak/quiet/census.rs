@@ -19,7 +19,7 @@ const END: usize = 1 << 47;
 struct Process {
     pid: i32,
     name: String,
-    /// Mappings of KSM pages.
+    /// Mappings of KSM pages, in memory that may be merged.
     merged: u64,
     /// Mappings of the zero page in memory that may be merged.
     zero: u64,
@@ -32,8 +32,17 @@ struct Process {
 /// See the module. Nothing may be going on while it is taken.
 pub struct Census {
     processes: Vec<Process>,
-    /// The KSM pages, and how many page table entries map each.
-    pages: BTreeMap<Pfn, u64>,
+    /// The KSM pages.
+    pages: BTreeMap<Pfn, Mappings>,
+}
+
+/// How many page table entries map a KSM page.
+#[derive(Default)]
+struct Mappings {
+    all: u64,
+    /// In memory that may be merged. A page that was merged in a child is a KSM page in its parent too, whose memory may
+    /// be none of KSM's business; nobody counts it there, with the kernel's own KSM neither.
+    mergeable: u64,
 }
 
 /// The areas of a process that begin and end where a page does, and whether each may be merged.
@@ -114,22 +123,33 @@ impl Census {
                 process.anonymous += u64::from(flags.anonymous());
                 process.zero += u64::from(*mergeable && flags.zero_page());
                 if flags.ksm() {
-                    process.merged += 1;
-                    *self.pages.entry(pfn).or_default() += 1;
+                    process.merged += u64::from(*mergeable);
+                    let mappings = self.pages.entry(pfn).or_default();
+                    mappings.all += 1;
+                    mappings.mergeable += u64::from(*mergeable);
                 }
             }
         }
         Ok(process)
     }
 
-    /// KSM pages.
+    /// KSM pages that are mapped in memory that may be merged.
     pub fn pages(&self) -> u64 {
-        self.pages.len() as u64
+        let pages = self.pages.values();
+        pages.filter(|mappings| mappings.mergeable > 0).count() as u64
     }
 
-    /// Mappings of them.
+    /// Such mappings of them.
     pub fn mappings(&self) -> u64 {
-        self.pages.values().sum()
+        self.pages.values().map(|mappings| mappings.mergeable).sum()
+    }
+
+    /// Mappings of KSM pages in other memory.
+    pub fn elsewhere(&self) -> u64 {
+        let pages = self.pages.values();
+        pages
+            .map(|mappings| mappings.all - mappings.mergeable)
+            .sum()
     }
 
     /// Mappings of the zero page that stand for empty pages.
@@ -181,8 +201,8 @@ impl Census {
                 );
             }
         }
-        for (pfn, &seen) in &self.pages {
-            let said = procfs::mappings(*pfn)?;
+        for (pfn, mappings) in &self.pages {
+            let (said, seen) = (procfs::mappings(*pfn)?, mappings.all);
             if said != seen {
                 problems.push(format!(
                     "{pfn:?} has {said} mappings, but {seen} were found"
@@ -197,10 +217,12 @@ impl fmt::Display for Census {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} processes have {} mappings of {} KSM pages, {} of the zero page; {} pages are known",
+            "{} processes have {} mappings of {} KSM pages, {} in memory that is not mergeable, {} of the zero page; {} pages are \
+             known",
             self.processes.len(),
             self.mappings(),
             self.pages(),
+            self.elsewhere(),
             self.zero_pages(),
             self.items()
         )
