@@ -462,6 +462,11 @@ bool ksm_rs_freezing(void)
 	return freezing(current);
 }
 
+bool ksm_rs_fatal_signal_pending(void)
+{
+	return fatal_signal_pending(current);
+}
+
 void ksm_rs_cond_resched(void)
 {
 	cond_resched();

@@ -196,6 +196,7 @@ struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data, in
 void ksm_rs_set_user_nice(long nice);
 unsigned long long ksm_rs_cpu_time(void);
 bool ksm_rs_freezing(void);
+bool ksm_rs_fatal_signal_pending(void);
 void ksm_rs_cond_resched(void);
 void ksm_rs_init_waitqueue(struct wait_queue_head *queue);
 void ksm_rs_wake_up(struct wait_queue_head *queue);

@@ -504,8 +504,9 @@ impl Ksm {
 
     /// Undoes everything, for unload: no structure of ours is read by anybody afterwards. Sleeps.
     ///
-    /// What cannot be undone, for want of memory or as a process hangs in its exit, is tried again for a while; what
-    /// is left then stays merged, as KSM pages that belong to no node.
+    /// What cannot be undone, for want of memory or as a process hangs in its exit, is tried again for a while, unless the
+    /// current task is killed: by the kernel perhaps, for asking for memory that is not there. What is left then stays
+    /// merged, as KSM pages that belong to no node.
     pub(crate) fn dismantle(&self) {
         let mut workers = self.control.lock();
         self.stop_workers(&mut workers, 0);
@@ -519,9 +520,10 @@ impl Ksm {
             if !self.engine().engine.drop_stable_nodes() && undone.is_ok() {
                 break;
             }
-            if left > 0 {
-                fsleep(UNLOAD_PAUSE);
+            if left == 0 || kthread::killed() {
+                break;
             }
+            fsleep(UNLOAD_PAUSE);
         }
         let left = self.engine().engine.disown_stable_nodes();
         if left > 0 {

@@ -106,6 +106,12 @@ pub(crate) fn freezing() -> bool {
     unsafe { bindings::ksm_rs_freezing() }
 }
 
+/// Whether the current task has been killed, and should do no more than it has to. Any context.
+pub(crate) fn killed() -> bool {
+    // SAFETY: Concerns the current task only.
+    unsafe { bindings::ksm_rs_fatal_signal_pending() }
+}
+
 /// Marks the current task as the one to kill first when memory runs out, for as long as it lives: it asks
 /// for memory to undo savings.
 pub(crate) struct OomOrigin(());

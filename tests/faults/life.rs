@@ -28,7 +28,7 @@ const CONTENT: Content = Content::Distinct(1);
 const VAIN_COPIES: u32 = 40;
 
 /// Says whether the failure that is to come has come.
-type HasFailed<'a> = &'a dyn Fn() -> Result<bool>;
+pub type HasFailed<'a> = &'a dyn Fn() -> Result<bool>;
 
 fn spawn() -> Result<Sharer> {
     Sharer::spawn(PAGES, CONTENT)
@@ -73,7 +73,7 @@ impl<'a> Life<'a> {
     }
 
     /// Nothing of the module is there, and stock's files are.
-    fn expect_gone(&self) -> Result<()> {
+    pub fn expect_gone(&self) -> Result<()> {
         ensure!(!module::loaded()?, "the module is there");
         ensure!(
             !self.ksm.dir().exists(),
@@ -81,7 +81,7 @@ impl<'a> Life<'a> {
             self.ksm.dir().display()
         );
         ensure!(
-            procfs::pid_of("ksmd_rs")?.is_none() && procfs::pid_of("ksmd_rs/1")?.is_none(),
+            procfs::pid_of("ksmd_rs")?.is_none(),
             "a thread has outlived the module"
         );
         let now = Ksm::at(STOCK).snapshot()?;
@@ -94,7 +94,7 @@ impl<'a> Life<'a> {
     }
 
     /// Loads with a parameter that makes no sense, which takes memory too.
-    fn be_refused(&self, has_failed: HasFailed) -> Result<()> {
+    pub fn be_refused(&self, has_failed: HasFailed) -> Result<()> {
         match module::try_load("kallsyms_lookup_name=1")? {
             Err(Errno::EINVAL) => {}
             Err(Errno::ENOMEM) if has_failed()? => {}
@@ -139,7 +139,6 @@ impl<'a> Life<'a> {
 
     /// Lives it once. All processes are new, and gone at the end.
     pub fn live(&self, has_failed: HasFailed) -> Result<()> {
-        self.be_refused(has_failed)?;
         // Some memory was advised before the module is there, some after.
         let (mut one, mut other) = (spawn()?, spawn()?);
         at_last(

@@ -1,12 +1,17 @@
 //! Makes one memory allocation of the module after the other fail, in a life of the module that allocates everywhere:
 //! load, merge, unmerge, unload. Runs as root in a virtual machine of its own, on a kernel with fault injection:
 //!
-//!     KSM_RS_KO=/path/to/ksm_rs.ko faults
+//!     KSM_RS_KO=/path/to/ksm_rs.ko faults --log FILE
 //!
-//! Prints a line `failed ALLOCATOR NUMBER: CALLERS` for each; `allocation-sites` tells from them which places in the
-//! source were reached.
+//! `allocation-sites` tells from the log which places in the source were reached.
 
 mod life;
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -23,7 +28,11 @@ use ksm_e2e::ksm::OURS;
 use ksm_e2e::module;
 use ksm_e2e::runner;
 
+use crate::life::HasFailed;
 use crate::life::Life;
+
+/// How often a line is printed.
+const REPORT: u64 = 20;
 
 /// What the core says of its own failures that are caused here: it does not expect a kprobe to want memory in vain.
 const REPORT_OF_THE_CORE: &str = "arm_kprobe";
@@ -31,6 +40,9 @@ const REPORT_OF_THE_CORE: &str = "arm_kprobe";
 /// Makes the module's memory allocations fail.
 #[derive(Parser)]
 struct Arguments {
+    /// Where to note each failure: `failed ALLOCATOR NUMBER in a PART: CALLERS`.
+    #[arg(long)]
+    log: PathBuf,
     /// Only those of one allocator: slab, pages, or droughts, in which all fail for a while.
     #[arg(long)]
     only: Option<String>,
@@ -57,76 +69,129 @@ fn main() -> Result<()> {
         module::unload()?;
     }
     let ksm = Ksm::at(OURS);
-    let mut log = Log::from_now()?;
-    let mut recorder = Recorder::new()?;
     let life = Life::new(&ksm)?;
     // The life as it is meant to be.
     life.live(&|| Ok(false)).context("without any failure")?;
-    for allocator in [Allocator::Slab, Allocator::Pages] {
-        if arguments.wants(allocator.name()) {
-            one_by_one(&arguments, allocator, &life, &mut recorder, &mut log)?;
-        }
-    }
+    let mut work = Work {
+        life: &life,
+        recorder: Recorder::new()?,
+        notes: File::create(&arguments.log).context("the log")?,
+        kernel: Log::from_now()?,
+        complaints: Vec::new(),
+    };
     if arguments.wants("droughts") {
-        let mut slab = Injector::new(Allocator::Slab)?;
-        let mut pages = Injector::new(Allocator::Pages)?;
-        life.live_through_droughts(&mut slab, &mut pages)
-            .context("in droughts")?;
-        drop((slab, pages));
-        let failures = recorder.take()?;
-        for failed in &failures {
-            println!("failed droughts 0: {failed}");
+        work.droughts()?;
+    }
+    for allocator in [Allocator::Slab, Allocator::Pages] {
+        if !arguments.wants(allocator.name()) {
+            continue;
         }
-        println!("droughts: {} allocations failed", failures.len());
-        expect_no_report(&mut log)?;
+        let mut injector = Injector::new(allocator)?;
+        if arguments.from == 1 {
+            work.one_by_one(&mut injector, 1..=u64::MAX, "refusal", &|has_failed| {
+                life.be_refused(has_failed)
+            })?;
+        }
+        let numbers = arguments.from..=arguments.to;
+        work.one_by_one(&mut injector, numbers, "life", &|has_failed| {
+            life.live(has_failed)
+        })?;
     }
     // Nothing is left of it all.
     life.live(&|| Ok(false)).context("after all failures")?;
-    life.expect_stock_to_work()
+    life.expect_stock_to_work()?;
+    let complaints = work.complaints;
+    ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
+    Ok(())
 }
 
-fn one_by_one(
-    arguments: &Arguments,
-    allocator: Allocator,
-    life: &Life,
-    recorder: &mut Recorder,
-    log: &mut Log,
-) -> Result<()> {
-    let name = allocator.name();
-    let mut injector = Injector::new(allocator)?;
-    for number in arguments.from..=arguments.to {
-        injector.arm(number)?;
-        let lived = life.live(&|| injector.has_failed());
-        let failed = injector.disarm(number)?;
-        let failures = recorder.take()?;
-        for failed in &failures {
-            println!("failed {name} {number}: {failed}");
-        }
-        lived.with_context(|| format!("{name}: the failure of allocation {number}"))?;
-        expect_no_report(log)?;
-        if !failed {
-            println!(
-                "{name}: {} allocations failed, each in a life of its own",
-                number - 1
+/// Something that wants memory.
+type Part<'a> = &'a dyn Fn(HasFailed) -> Result<()>;
+
+struct Work<'a> {
+    life: &'a Life<'a>,
+    recorder: Recorder,
+    notes: File,
+    /// The kernel's log.
+    kernel: Log,
+    /// What went wrong, as long as going on made sense.
+    complaints: Vec<String>,
+}
+
+impl Work<'_> {
+    /// Does the same again and again, and lets another allocation fail each time, until there are no more.
+    fn one_by_one(
+        &mut self,
+        injector: &mut Injector,
+        numbers: RangeInclusive<u64>,
+        what: &str,
+        part: Part,
+    ) -> Result<()> {
+        let name = injector.allocator().name();
+        let last = *numbers.end();
+        for number in numbers {
+            let start = Instant::now();
+            injector.arm(number)?;
+            let done = part(&|| injector.has_failed());
+            let failed = injector.disarm(number)?;
+            let recorded = self.note(&format!("{name} {number} in a {what}"))?;
+            self.judge(&format!("{name} {number} in a {what}"), done)?;
+            if !failed {
+                let all = number - 1;
+                println!("{name}: {all} allocations in a {what} failed, one after the other");
+                return Ok(());
+            }
+            ensure!(
+                recorded == 1,
+                "{name} {number} in a {what} failed, and was recorded {recorded} times"
             );
+            if number.is_multiple_of(REPORT) {
+                let seconds = start.elapsed().as_secs_f32();
+                println!("{name}: {number} allocations, {seconds:.1} s for the last");
+            }
+        }
+        println!("{name}: given up after allocation {last}");
+        Ok(())
+    }
+
+    fn droughts(&mut self) -> Result<()> {
+        let mut slab = Injector::new(Allocator::Slab)?;
+        let mut pages = Injector::new(Allocator::Pages)?;
+        let done = self.life.live_through_droughts(&mut slab, &mut pages);
+        drop((slab, pages));
+        let failures = self.note("all in droughts")?;
+        println!("droughts: {failures} allocations failed");
+        self.judge("droughts", done)
+    }
+
+    /// Notes what failed. Returns how many.
+    fn note(&mut self, what: &str) -> Result<usize> {
+        let failures = self.recorder.take()?;
+        for failed in &failures {
+            writeln!(self.notes, "failed {what}: {failed}")?;
+        }
+        Ok(failures.len())
+    }
+
+    /// Complains about what went wrong, and tries to go on.
+    fn judge(&mut self, what: &str, done: Result<()>) -> Result<()> {
+        let reports = self.kernel.reports()?;
+        let ours = reports
+            .iter()
+            .filter(|line| !line.contains(REPORT_OF_THE_CORE));
+        let ours: Vec<&String> = ours.collect();
+        let wrong = done.err().map(|error| format!("{error:#}"));
+        if ours.is_empty() && wrong.is_none() {
             return Ok(());
         }
-        ensure!(
-            failures.len() == 1,
-            "{name}: allocation {number} failed, and was recorded {} times",
-            failures.len()
-        );
+        let complaint = format!("{what}: {wrong:?}; the kernel reported {ours:?}");
+        println!("{complaint}");
+        self.complaints.push(complaint);
+        if module::loaded()? {
+            module::unload()?;
+        }
+        self.life
+            .expect_gone()
+            .context("going on after a complaint")
     }
-    println!("{name}: given up after allocation {}", arguments.to);
-    Ok(())
-}
-
-fn expect_no_report(log: &mut Log) -> Result<()> {
-    let reports = log.reports()?;
-    let ours = reports
-        .iter()
-        .filter(|line| !line.contains(REPORT_OF_THE_CORE));
-    let ours: Vec<&String> = ours.collect();
-    ensure!(ours.is_empty(), "the kernel reported faults: {ours:#?}");
-    Ok(())
 }

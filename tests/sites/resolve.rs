@@ -9,30 +9,31 @@ use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
 
+/// Tells lines from addresses. That of binutils 2.40 does not see what clang and rustc have inlined.
+const ADDR2LINE: &str = "llvm-addr2line-19";
+
 /// An allocation that was made to fail.
 pub struct Failure {
     /// File and line of the innermost call in the module's own source.
     pub place: (String, usize),
 }
 
-/// A section of the module, and an offset in it.
-type Address = (String, u64);
-
-/// Reads lines like `failed slab 17: .text+0x123 .text+0x45`, the innermost caller first.
+/// Reads lines like `failed slab 17 in a life: 0x123 0x45`: where the callers return to in the module's code, the innermost
+/// first.
 pub fn failures(log: &str, module: &Path, top: &Path) -> Result<Vec<Failure>> {
     let mut stacks = Vec::new();
     for line in log.lines() {
-        let Some((_, frames)) = line
+        let Some((_, addresses)) = line
             .strip_prefix("failed ")
             .and_then(|line| line.split_once(": "))
         else {
             continue;
         };
-        let stack = frames.split_whitespace().map(address);
+        let stack = addresses.split_whitespace().map(number);
         stacks.push((line, stack.collect::<Result<Vec<_>>>()?));
     }
     ensure!(!stacks.is_empty(), "the log has no failure in it");
-    let all: BTreeSet<&Address> = stacks.iter().flat_map(|(_, stack)| stack).collect();
+    let all: BTreeSet<u64> = stacks.iter().flat_map(|(_, stack)| stack.clone()).collect();
     let lines = lines(&all, module, top)?;
     let mut failures = Vec::new();
     for (line, stack) in &stacks {
@@ -46,42 +47,32 @@ pub fn failures(log: &str, module: &Path, top: &Path) -> Result<Vec<Failure>> {
     Ok(failures)
 }
 
-fn address(text: &str) -> Result<Address> {
-    let (section, offset) = text.split_once("+0x").context("section+0xoffset")?;
-    Ok((section.to_owned(), u64::from_str_radix(offset, 16)?))
+fn number(text: &str) -> Result<u64> {
+    let digits = text.strip_prefix("0x");
+    Ok(u64::from_str_radix(digits.context("0x")?, 16)?)
 }
 
-/// For each return address the innermost line of our Rust source that it belongs to, if any.
-fn lines(
-    all: &BTreeSet<&Address>,
-    module: &Path,
-    top: &Path,
-) -> Result<BTreeMap<Address, (String, usize)>> {
-    let mut sections: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
-    for (section, offset) in all {
-        sections.entry(section).or_default().push(*offset);
-    }
+/// For each address the innermost line of our Rust source that it belongs to, if any.
+fn lines(all: &BTreeSet<u64>, module: &Path, top: &Path) -> Result<BTreeMap<u64, (String, usize)>> {
+    // The call is before the address that it returns to.
+    let calls = all.iter().map(|address| format!("{:#x}", address - 1));
+    let output = Command::new(ADDR2LINE)
+        .args(["--addresses", "--inlines", "--exe"])
+        .arg(module)
+        .args(calls)
+        .output()
+        .with_context(|| format!("{ADDR2LINE}, of the compiler of the debug kernel"))?;
+    ensure!(output.status.success(), "{ADDR2LINE}: {}", output.status);
     let mut lines = BTreeMap::new();
-    for (section, offsets) in sections {
-        // The call is before the address that it returns to.
-        let calls = offsets.iter().map(|offset| format!("{:#x}", offset - 1));
-        let output = Command::new("addr2line")
-            .args(["--addresses", "--inlines", "--section", section, "--exe"])
-            .arg(module)
-            .args(calls)
-            .output()
-            .context("addr2line, of binutils")?;
-        ensure!(output.status.success(), "addr2line: {}", output.status);
-        let mut at = None;
-        for line in String::from_utf8(output.stdout)?.lines() {
-            if let Some(call) = line.strip_prefix("0x") {
-                at = Some((section.to_owned(), u64::from_str_radix(call, 16)? + 1));
-                continue;
-            }
-            let address = at.clone().context("addr2line: no address")?;
-            if let Some(place) = ours(line, top) {
-                lines.entry(address).or_insert(place);
-            }
+    let mut at = None;
+    for line in String::from_utf8(output.stdout)?.lines() {
+        if line.starts_with("0x") {
+            at = Some(number(line)? + 1);
+            continue;
+        }
+        let address = at.with_context(|| format!("{ADDR2LINE}: no address"))?;
+        if let Some(place) = ours(line, top) {
+            lines.entry(address).or_insert(place);
         }
     }
     Ok(lines)

@@ -5,6 +5,7 @@
 //! core makes for it. What is done in interrupts, and by tasks that have nothing to do with the test, does not.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Context;
@@ -121,6 +122,11 @@ impl Injector {
         })
     }
 
+    /// Whose allocations fail.
+    pub fn allocator(&self) -> Allocator {
+        self.allocator
+    }
+
     /// Makes the `number`-th allocation from now on fail, counted from 1.
     pub fn arm(&mut self, number: u64) -> Result<()> {
         // The kernel never forgets its count, and fails what makes it a multiple of the interval.
@@ -142,13 +148,15 @@ impl Injector {
         Ok(self.allocator.times()? == 0)
     }
 
-    /// Lets all allocations succeed again. Returns whether one failed; if not, this injector can count no more.
+    /// Lets all allocations succeed again. Returns whether one failed, which must be so unless the one before, done the
+    /// same way, was the last.
     pub fn disarm(&mut self, number: u64) -> Result<bool> {
         self.allocator.set("probability", 0)?;
         let failed = self.has_failed()?;
-        // With an interval of 1 there is nothing to count.
-        if failed && self.counted + number > 1 {
-            self.counted += number;
+        let made = if failed { number } else { number - 1 };
+        // With an interval of 1 the kernel does not count.
+        if self.counted + number > 1 {
+            self.counted += made;
         }
         Ok(failed)
     }
@@ -200,18 +208,19 @@ impl Symbols {
 #[derive(Debug)]
 pub struct Recorder {
     trace: Trace,
-    /// The module's sections with code: their names, and how far behind the first one they begin; none as long as the
-    /// module has not been loaded.
-    sections: Vec<(String, u64)>,
+    /// Where the module's code begins and ends, from the start of its memory on.
+    code: Range<u64>,
 }
 
-/// An allocation that was made to fail, by its callers in the module: `.text+0x123`, the innermost first.
+/// An allocation that was made to fail, by its callers: the addresses in the module's code that they return to, the innermost
+/// first.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failed(Vec<String>);
+pub struct Failed(Vec<u64>);
 
 impl std::fmt::Display for Failed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0.join(" "))
+        let addresses: Vec<String> = self.0.iter().map(|at| format!("{at:#x}")).collect();
+        f.write_str(&addresses.join(" "))
     }
 }
 
@@ -237,28 +246,25 @@ impl Recorder {
             trace.event(&event, Some("failed != 0"))?;
         }
         trace.event(&format!("{EVENTS}/load"), None)?;
-        let mut recorder = Self {
-            trace,
-            sections: Vec::new(),
-        };
-        recorder.learn_sections()?;
+        let mut recorder = Self { trace, code: 0..0 };
+        recorder.find_code()?;
         Ok(recorder)
     }
 
-    fn learn_sections(&mut self) -> Result<()> {
+    fn find_code(&mut self) -> Result<()> {
         module::load("")?;
         let lines = self.trace.take()?;
         let base = lines.iter().rev().find_map(|line| base(line));
         let base = base.context("loading the module was not recorded")?;
-        for name in [".text", ".static_call.text", ".exit.text"] {
+        let section = |name: &str| -> Result<u64> {
             let path = format!("/sys/module/{}/sections/{name}", module::NAME);
             let text = fs::read_to_string(&path).context(path)?;
             let address = u64::from_str_radix(text.trim_end().trim_start_matches("0x"), 16)?;
             let offset = address.checked_sub(base);
-            let offset = offset.with_context(|| format!("{name} is before {base:#x}"))?;
-            self.sections.push((name.to_owned(), offset));
-        }
-        self.sections.sort_by_key(|(_, offset)| *offset);
+            offset.with_context(|| format!("{name} is before {base:#x}"))
+        };
+        // What comes behind it in the same memory.
+        self.code = section(".text")?..section(".exit.text")?;
         module::unload()
     }
 
@@ -293,16 +299,12 @@ impl Recorder {
         Ok(failures)
     }
 
-    /// Section and offset of an address in the module, whose first section with code is at `base`.
-    fn place(&self, address: u64, base: Option<u64>) -> Option<String> {
+    /// The offset in its code of an address in the module, which is at `base`.
+    fn place(&self, address: u64, base: Option<u64>) -> Option<u64> {
         let offset = address.checked_sub(base?)?;
-        let (name, start) = self
-            .sections
-            .iter()
-            .rev()
-            .find(|(_, start)| *start <= offset)?;
-        // There is no more than this of code in the module, by far.
-        (offset < 1 << 24).then(|| format!("{name}+{:#x}", offset - start))
+        self.code
+            .contains(&offset)
+            .then(|| offset - self.code.start)
     }
 }
 

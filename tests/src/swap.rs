@@ -145,6 +145,11 @@ impl Group {
         write(self.0.join(file), text)
     }
 
+    /// Moves a helper out of the group; what it has stays the group's.
+    pub fn release(&self, child: &Child) -> Result<()> {
+        write(format!("{GROUPS}/cgroup.procs"), &child.pid().to_string())
+    }
+
     /// Lets the group have what it has now, and so many bytes more.
     pub fn fill_up(&self, room: usize) -> Result<()> {
         // What it could give up would make room later.
