@@ -13,6 +13,7 @@ use ksm_e2e::delays::Window;
 use ksm_e2e::delays::rounds;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::wait;
+use ksm_e2e::wait::PATIENCE;
 
 use crate::stage::CONTENT;
 use crate::stage::OTHER;
@@ -87,28 +88,38 @@ fn all_in_a_batch<'a>(hits: &'a Hits<'_>, place: &'static str, threads: u32) -> 
 }
 
 fn stopping_against_batches_of_many_threads(ksm: &Ksm) -> Result<()> {
+    const AN_HOUR: u64 = 3_600_000;
     let hits = Hits::none(ksm);
     ksm.write("scan_threads", THREADS.into())?;
-    scan_briskly(ksm)?;
+    ksm.write("pages_to_scan", 100_000)?;
     let mut crowd = Crowd::new()?;
-    ksm.start()?;
-    // All pages have been seen once before: the batches that are held would merge them.
-    ksm.full_scans(1)?;
     for round in 0..rounds() {
-        let place = ["read", "gathered"][round as usize % 2];
-        let window = all_in_a_batch(&hits, place, THREADS)?;
+        // One pass, in which all pages are seen for the first time.
+        ksm.unmerge()?;
+        let passes = ksm.read("full_scans")?;
+        ksm.write("sleep_millisecs", AN_HOUR)?;
+        ksm.start()?;
+        wait::until("the first pass is over", PATIENCE, || {
+            Ok(ksm.read("full_scans")? > passes)
+        })?;
+        // In the next one they would be merged.
+        let window = hits.hold_all(["read", "gathered"][round as usize % 2], THREADS, LONG)?;
+        ksm.write("sleep_millisecs", AN_HOUR + 1)?;
+        window.wait()?;
         ksm.stop()?;
         let before = ksm.counters()?;
+        ensure!(
+            before.shared == 0,
+            "something was merged by threads that wait: {before}"
+        );
         window.hit()?;
         wait::while_holds(WHILE, || ksm.expect(before))?;
         crowd.verify()?;
-        ksm.start()?;
-        ksm.scan_until(crowd.merged())?;
-        // Anew from here.
-        ksm.unmerge()?;
-        ksm.start()?;
-        ksm.full_scans(1)?;
     }
+    scan_briskly(ksm)?;
+    ksm.start()?;
+    ksm.scan_until(crowd.merged())?;
+    crowd.verify()?;
     hits.expect(rounds())
 }
 

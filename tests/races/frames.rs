@@ -82,8 +82,13 @@ fn migration_against_lookup(ksm: &Ksm) -> Result<()> {
         child.fill(region, CONTENT)?;
         window.wait()?;
         ensure!(move_page(&witnesses)?, "the page did not move");
+        let moved = witnesses.one.pfns(witnesses.here)?;
         window.hit()?;
         witnesses.share_with(ksm, &mut [(&mut child, region)])?;
+        ensure!(
+            witnesses.one.pfns(witnesses.here)? == moved,
+            "a page that had moved was given up, and another one made"
+        );
     }
     hits.expect(rounds())?;
     drop(child);
