@@ -42,8 +42,13 @@ pub struct Freezer {
 impl Freezer {
     /// Prepares for suspending no further than to frozen tasks.
     pub fn new() -> Result<Self> {
+        Self::patient(PATIENCE)
+    }
+
+    /// The same; tasks may take so long to freeze, on a fast kernel.
+    pub fn patient(limit: Duration) -> Result<Self> {
         let mut freezer = Self { old: Vec::new() };
-        let limit = PATIENCE * wait::slowness();
+        let limit = limit * wait::slowness();
         for (path, value) in [
             (LEVEL, "freezer".to_owned()),
             (LIMIT, limit.as_millis().to_string()),
