@@ -34,9 +34,6 @@ use crate::life::Life;
 /// How often a line is printed.
 const REPORT: u64 = 20;
 
-/// What the core says of its own failures that are caused here: it does not expect a kprobe to want memory in vain.
-const REPORT_OF_THE_CORE: &str = "arm_kprobe";
-
 /// Makes the module's memory allocations fail.
 #[derive(Parser)]
 struct Arguments {
