@@ -173,15 +173,11 @@ impl Work<'_> {
     /// Complains about what went wrong, and tries to go on.
     fn judge(&mut self, what: &str, done: Result<()>) -> Result<()> {
         let reports = self.kernel.reports()?;
-        let ours = reports
-            .iter()
-            .filter(|line| !line.contains(REPORT_OF_THE_CORE));
-        let ours: Vec<&String> = ours.collect();
         let wrong = done.err().map(|error| format!("{error:#}"));
-        if ours.is_empty() && wrong.is_none() {
+        if reports.is_empty() && wrong.is_none() {
             return Ok(());
         }
-        let complaint = format!("{what}: {wrong:?}; the kernel reported {ours:?}");
+        let complaint = format!("{what}: {wrong:?}; the kernel reported {reports:?}");
         println!("{complaint}");
         self.complaints.push(complaint);
         if module::loaded()? {
