@@ -175,17 +175,22 @@ fn check_kallsyms(address: usize) -> Result<usize> {
     Err(EINVAL)
 }
 
-/// Address of `kallsyms_lookup_name()`, from a kprobe set on it for a moment.
+/// Address of `kallsyms_lookup_name()`, from a kprobe on it for a moment.
+///
+/// The probe is never armed. To disarm one takes memory, and where there is none the core would keep it, and use it at the
+/// next call of the function, though it has long been freed.
 #[cfg(CONFIG_KPROBES)]
 fn find_kallsyms() -> Result<usize> {
     let mut probe = KBox::new(
         bindings::kprobe {
             symbol_name: c"kallsyms_lookup_name".as_char_ptr(),
+            flags: bindings::KPROBE_FLAG_DISABLED,
             ..Default::default()
         },
         GFP_KERNEL,
     )?;
-    // SAFETY: The probe stays allocated, at one place, until it is unregistered; it has no handlers.
+    // SAFETY: The probe stays allocated, at one place, until it is unregistered, which cannot fail for one that is
+    // disabled; it has no handlers.
     let address = unsafe {
         let error = bindings::register_kprobe(&mut *probe);
         if error != 0 {

@@ -24,20 +24,20 @@ use clap::Subcommand;
 use crate::source::Site;
 
 /// Functions of the core that fail for want of memory.
-pub const NEED_MEMORY: [&str; 7] = [
+pub const NEED_MEMORY: [&str; 6] = [
     "kobject_create_and_add",
     "ksm_rs_kthread_run",
     "ksm_rs_unshare",
-    "register_kprobe",
     "sysfs_create_group",
     "sysfs_create_link",
     "tracepoint_probe_register",
 ];
 
-/// Functions of the core that may want memory and do their work without it.
-pub const COPE_WITHOUT: [&str; 4] = [
+/// Functions of the core that may want memory, on other machines than this one perhaps, or do their work without it.
+pub const COPE_WITHOUT: [&str; 5] = [
     "ksm_rs_lru_add_drain_all",
     "ksm_rs_split_huge_page",
+    "register_kprobe",
     "tracepoint_probe_unregister",
     "unregister_kprobe",
 ];
