@@ -550,22 +550,19 @@ impl Engine {
                 all = false;
                 break;
             }
-            match self.item_at(cursor, slot, *address, &mut batch.room) {
-                Some(id) => {
-                    if let Some(cursor) = self.cursors.get_mut(cursor) {
-                        cursor.step(*address, id);
-                    }
-                    if let Seen::Skipped = what {
-                        // No work: it is not charged to the budget.
-                        self.skip_page(id);
-                        skipped = skipped.saturating_add(1);
-                        continue;
-                    }
-                    self.consider(id, *what, domain, policy);
-                    self.stats.pages_scanned.up();
+            // Without an item, for want of memory or as there are too many of them, it is left alone.
+            if let Some(id) = self.item_at(cursor, slot, *address, &mut batch.room) {
+                if let Some(cursor) = self.cursors.get_mut(cursor) {
+                    cursor.step(*address, id);
                 }
-                // For want of memory, or as there are too many of them.
-                None => {}
+                if let Seen::Skipped = what {
+                    // No work: it is not charged to the budget.
+                    self.skip_page(id);
+                    skipped = skipped.saturating_add(1);
+                    continue;
+                }
+                self.consider(id, *what, domain, policy);
+                self.stats.pages_scanned.up();
             }
             pages = pages.saturating_add(1);
             mm::breathe();

@@ -133,9 +133,8 @@ impl Locked<'_> {
                 return None;
             }
             // SAFETY: It is a VMA, and the lock keeps it valid as long as `self` is borrowed.
-            let vma = Vma {
-                vma: unsafe { VmaRef::from_raw(vma) },
-            };
+            let vma = unsafe { VmaRef::from_raw(vma) };
+            let vma = Vma { vma };
             if vma.is_mergeable() {
                 return Some(vma);
             }

@@ -26,6 +26,18 @@ fn files(folder: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Members of a structure with their offsets.
+fn of<'a>(
+    structure: &'static str,
+    fields: &'a [(&'static str, usize)],
+) -> impl Iterator<Item = Wanted> + 'a {
+    fields.iter().map(move |&(field, offset)| Wanted {
+        structure,
+        field,
+        offset,
+    })
+}
+
 /// What pahole says of the structures of the kernels that the excerpts are of.
 fn wanted(name: &str) -> Vec<Wanted> {
     let node = [("hlist", 40), ("kpfn", 48)];
@@ -35,14 +47,6 @@ fn wanted(name: &str) -> Vec<Wanted> {
         &index[..]
     } else {
         &[]
-    };
-    let of = |structure, fields: &[(&'static str, usize)]| {
-        let fields = fields.to_vec().into_iter();
-        fields.map(move |(field, offset)| Wanted {
-            structure,
-            field,
-            offset,
-        })
     };
     of("ksm_stable_node", &node)
         .chain(of("ksm_rmap_item", &item))
