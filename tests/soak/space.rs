@@ -531,7 +531,9 @@ fn userfault(stage: &mut Stage) -> Result<()> {
             // Nothing has reached it yet.
             stage.check(page)?;
             heard += 1;
-            stage.doing(&format!("{heard} of {heard_of} protected pages were written to"));
+            stage.doing(&format!(
+                "{heard} of {heard_of} protected pages were written to"
+            ));
             uffd.write_protect(page, false)?;
         }
         writer.join().map_err(|_| anyhow!("the writer panicked"))?;
