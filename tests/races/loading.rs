@@ -197,8 +197,8 @@ fn loading_against_exec(ksm: &Ksm) -> Result<()> {
         module::load("run=1")?;
         scan_briskly(ksm)?;
         hits.count();
-        // A script: what is started in the end is a shell that waits.
-        let mut script = b"#!/bin/sleep 1000\n".to_vec();
+        // A script: what is started in the end is a program that reads the file, and waits for that.
+        let mut script = b"#!/bin/cat\n".to_vec();
         script.resize(size.min(256).max(script.len()), b'\n');
         file.answer(&script)?;
         let spawned = match starter.join() {
