@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use kernel::prelude::*;
 use proptest::prelude::*;
 
+use crate::domain::Scope;
 use crate::knobs;
 use crate::knobs::Knobs;
 use crate::knobs::Run;
@@ -98,6 +99,14 @@ pub(crate) fn check(text: &[u8]) -> Result<(), TestCaseError> {
         _ => Err("EINVAL"),
     };
     prop_assert_eq!(outcome(knobs::advisor_mode(text)), wanted);
+    let wanted = match bytes.strip_suffix(b"\n").unwrap_or(bytes) {
+        b"global" => Ok(Scope::Global),
+        b"cgroup" => Ok(Scope::Cgroup),
+        b"user" => Ok(Scope::User),
+        b"process" => Ok(Scope::Process),
+        _ => Err("EINVAL"),
+    };
+    prop_assert_eq!(outcome(knobs::merge_scope(text)), wanted);
     Ok(())
 }
 

@@ -12,6 +12,9 @@ mod advisor;
 #[allow(dead_code)]
 #[path = "../../btf.rs"]
 mod btf;
+#[allow(dead_code)]
+#[path = "../../domain.rs"]
+mod domain;
 #[path = "../../hash.rs"]
 mod hash;
 #[allow(dead_code)]

@@ -154,6 +154,10 @@ fn worded() -> impl Strategy<Value = Vec<u8>> {
     let words = prop::sample::select(vec![
         "none",
         "scan-time",
+        "user",
+        "global",
+        "cgroup\n",
+        "process",
         "y",
         "Y",
         "n",
