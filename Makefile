@@ -49,7 +49,7 @@ help:
 	@echo "make            build ksm_rs.ko against KDIR (default: the cached test kernel); KUNIT=1: with its KUnit tests"
 	@echo "make kernel     build the test kernel into the cache, once; DEBUG=1: KASAN and lockdep; ARCH=um: native"
 	@echo "make demo       boot a VM, start QEMU guests in it and watch ksm_rs merge their memory"
-	@echo "make test       run every test in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|races|ground|selftests"
+	@echo "make test       run the tests in VMs; TEST=name: one end-to-end test; PART=kunit|e2e|selftests, and not by itself: races|ground"
 	@echo "make fuzz       try what the module parses with random input, on the host; CASES=4096; MUTANTS=1: that it finds what is broken"
 	@echo "make soak       try to break it on the debug kernel: MINUTES=30, SEED= repeats a run, ACTORS=names,groups; PROVE=1; DEBUG=0"
 	@echo "make bench      measure against the kernel's own KSM, natively; SCENARIO=, ROUNDS=5; QUICK=1: two minutes, to see that it works"

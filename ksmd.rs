@@ -44,6 +44,7 @@ use crate::{
         Batch,
         Begun, //
     },
+    series,
     stats::Stats,
     stock::Stock,
     trace,
@@ -246,7 +247,7 @@ impl Ksm {
             Scope::User => owner::OWNERS,
         };
         if !known {
-            return Err(EOPNOTSUPP);
+            return Err(series::not_supported());
         }
         let _control = self.control.lock();
         let mut guard = self.engine();

@@ -6,6 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+/// What a knob asks for is not there in this kernel.
+pub(crate) fn not_supported() -> kernel::error::Error {
+    // One series has no constant for it.
+    kernel::error::Error::from_errno(-(kernel::bindings::EOPNOTSUPP as i32))
+}
+
 /// Orders the reads before the call before those behind it. Any context.
 pub(crate) fn smp_rmb() {
     #[cfg(linux_7_3)]

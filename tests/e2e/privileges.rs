@@ -31,7 +31,7 @@ use nix::unistd::Uid;
 
 ksm_e2e::tests![module_test:
     nobody_but_root_changes_anything,
-    others_read_what_stock_shows_and_two_counts_more,
+    others_read_what_stock_shows_and_little_more,
     no_address_and_no_key_is_told,
     every_load_has_a_key_of_its_own,
 ];
@@ -168,13 +168,17 @@ fn readable_of_events(dir: &str) -> Result<BTreeSet<String>> {
     Ok(files.map(last).collect())
 }
 
-fn others_read_what_stock_shows_and_two_counts_more(_: &Ksm) -> Result<()> {
+fn others_read_what_stock_shows_and_little_more(_: &Ksm) -> Result<()> {
     let stock = readable(STOCK)?;
     let stock_events = readable_of_events("/sys/kernel/tracing/events/ksm")?;
     module::load("")?;
     let mut seen = readable(OURS)?;
-    // How many threads scan, which `ps` tells as well; and how often memory was short for us.
-    for (name, mode) in [("scan_threads", 0o100_644), ("alloc_failures", 0o100_444)] {
+    // How many threads scan, which `ps` tells as well; whose pages are merged with whose; how often memory was short for us.
+    for (name, mode) in [
+        ("scan_threads", 0o100_644),
+        ("merge_scope", 0o100_644),
+        ("alloc_failures", 0o100_444),
+    ] {
         ensure!(seen.remove(name) == Some(mode), "{name} has another mode");
     }
     ensure!(seen == stock, "stock: {stock:?}, ksm_rs: {seen:?}");
