@@ -12,7 +12,7 @@ use anyhow::Context;
 use anyhow::Result;
 
 /// What a line looks like that reports a fault of the kernel.
-const REPORTS: [&str; 20] = [
+const REPORTS: [&str; 22] = [
     "BUG:",
     "kernel BUG at",
     "WARNING:",
@@ -33,6 +33,8 @@ const REPORTS: [&str; 20] = [
     "refcount_t:",
     "unreferenced object",
     "list_del corruption",
+    "pagealloc: ",
+    "this is a bug in ksm_rs",
 ];
 
 /// The log from a certain moment on.
