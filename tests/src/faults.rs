@@ -25,6 +25,10 @@ const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
 /// Name of the group of our own trace events.
 const EVENTS: &str = "ksm_faults";
 
+/// What KASAN keeps stacks in, of allocations and of what is freed: it copes without memory, and its notes are no
+/// allocations of ours.
+const NOTES_OF_KASAN: &str = "stack_depot_save_flags";
+
 /// Most callers that the kernel looks at.
 const DEPTH: u64 = 32;
 
@@ -280,6 +284,9 @@ impl Recorder {
                 failures.push(Failed(Vec::new()));
                 in_stack = true;
             } else if !line.trim_start().starts_with("=>") {
+                in_stack = false;
+            } else if in_stack && line.contains(NOTES_OF_KASAN) {
+                failures.pop();
                 in_stack = false;
             } else if in_stack
                 && let Some(address) = caller(&line)
