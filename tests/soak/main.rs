@@ -39,6 +39,7 @@ use fastrand::Rng;
 use ksm_e2e::Ksm;
 use ksm_e2e::child;
 use ksm_e2e::kmsg::Log;
+use ksm_e2e::procfs;
 use ksm_e2e::runner;
 use ksm_e2e::wait;
 use nix::errno::Errno;
@@ -61,13 +62,18 @@ use actor::Stage;
 const ROUND: Duration = Duration::from_secs(600);
 
 /// An actor that shows no sign of life for so long, on a fast kernel, is stuck.
-const STUCK: Duration = Duration::from_secs(150);
+const STUCK: Duration = Duration::from_secs(300);
 
 /// How long an actor may take to find what `--corrupt` did, on a fast kernel.
 const PROOF: Duration = Duration::from_secs(60);
 
 /// How long processes may take to die, on a fast kernel.
 const DYING: Duration = Duration::from_secs(60);
+
+/// Priority of the actors: below that of the scanner's threads, of which there may be one or dozens, so that neither keeps
+/// the other from the CPU; and of khugepaged, which has the least otherwise: so many actors would keep it for minutes from
+/// leaving a critical section of RCU.
+const NICE: libc::c_int = 10;
 
 /// How often the system is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -146,6 +152,9 @@ fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
     runner::prepare_process()?;
     actor::prepare_process()?;
     ensure!(Ksm::from_env().exists(), "ksm_rs is not loaded");
+    if let Some(khugepaged) = procfs::pid_of("khugepaged")? {
+        set_nice(khugepaged)?;
+    }
     if arguments.prove {
         return prove(&actors, seed);
     }
@@ -332,7 +341,7 @@ impl Troupe {
                 drop(near);
                 let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0));
                 let result = actor::die_with(parent).and_then(|()| {
-                    step_aside()?;
+                    set_nice(0)?;
                     Stage::new(actor, slot, self.seed, incarnation, deadline, corrupt)?.run()
                 });
                 actor::end_with(result, far)
@@ -462,11 +471,10 @@ impl Troupe {
     }
 }
 
-/// Gives this process the least priority: so many actors would keep khugepaged, which has no more, from leaving a critical
-/// section of RCU for minutes; and the scanner gets the CPU before they do.
-fn step_aside() -> Result<()> {
+/// Gives a process, 0 for the calling one, less priority than programs have, and more than the least.
+fn set_nice(pid: i32) -> Result<()> {
     // SAFETY: The call takes integers only.
-    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) })
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, pid as libc::id_t, NICE) })
         .context("setpriority")?;
     Ok(())
 }
