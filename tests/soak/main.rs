@@ -204,19 +204,23 @@ fn settings(rng: &mut Rng) -> Result<String> {
     ksm.write_text("advisor_mode", "none")?;
     ksm.scan_at_full_speed()?;
     let mut text = String::new();
-    let choices: [(&str, &[u64]); 5] = [
-        ("use_zero_pages", &[0, 1]),
-        ("smart_scan", &[0, 0, 1]),
-        ("merge_across_nodes", &[0, 1, 1]),
-        ("max_page_sharing", &[2, 3, 8, 256]),
-        ("scan_threads", &[1, 1, 2, 3]),
+    let choices: [(&str, &[&str]); 6] = [
+        ("use_zero_pages", &["0", "1"]),
+        ("smart_scan", &["0", "0", "1"]),
+        ("merge_across_nodes", &["0", "1", "1"]),
+        ("max_page_sharing", &["2", "3", "8", "256"]),
+        ("scan_threads", &["1", "1", "2", "3"]),
+        (
+            "merge_scope",
+            &["global", "global", "cgroup", "user", "process"],
+        ),
     ];
     for (knob, values) in choices {
         let value = values[rng.usize(..values.len())];
         if !ksm.has(knob) {
             continue;
         }
-        match ksm.write_bytes(knob, value.to_string().as_bytes()) {
+        match ksm.write_bytes(knob, value.as_bytes()) {
             Ok(_) => text += &format!("{knob}={value} "),
             // As with the kernel's own KSM, as long as a page is left that was merged in a child of a process which has
             // no mergeable memory, and cannot be unmerged there.

@@ -39,9 +39,16 @@ const fn knob(
     }
 }
 
+const ADVISORS: &[&str] = &["none", "scan-time"];
+
+const SCOPES: &[&str] = &["global", "cgroup", "user", "process"];
+
+/// Files that show all words they take, the one that holds in brackets.
+const CHOICES: [(&str, &[&str]); 2] = [("advisor_mode", ADVISORS), ("merge_scope", SCOPES)];
+
 const TRUTH: &[&str] = &["0", "1", "y", "off"];
 
-const KNOBS: [Knob; 13] = [
+const KNOBS: [Knob; 14] = [
     // Not while the advisor is on.
     knob(
         "pages_to_scan",
@@ -56,6 +63,7 @@ const KNOBS: [Knob; 13] = [
         &["2", "3", "7", "256", "2147483647"],
         &[Errno::EBUSY],
     ),
+    knob("merge_scope", SCOPES, &[Errno::EBUSY]),
     knob("use_zero_pages", TRUTH, &[]),
     knob("smart_scan", TRUTH, &[]),
     knob(
@@ -68,7 +76,7 @@ const KNOBS: [Knob; 13] = [
         &["0", "1", "2000"],
         &[],
     ),
-    knob("advisor_mode", &["none", "scan-time"], &[]),
+    knob("advisor_mode", ADVISORS, &[]),
     knob("advisor_max_cpu", &["0", "70", "100"], &[]),
     knob("advisor_min_pages_to_scan", &["0", "500", "100000"], &[]),
     knob("advisor_max_pages_to_scan", &["0", "30000"], &[]),
@@ -114,7 +122,7 @@ pub fn flat_out(ksm: &Ksm) -> Result<()> {
 }
 
 fn write_nonsense(stage: &mut Stage, knob: &Knob) -> Result<()> {
-    let words = knob.values == TRUTH || knob.file == "advisor_mode";
+    let words = knob.values == TRUTH || CHOICES.iter().any(|(file, _)| *file == knob.file);
     let texts: &[&str] = if words || stage.rng.bool() {
         &NONSENSE
     } else {
@@ -125,6 +133,17 @@ fn write_nonsense(stage: &mut Stage, knob: &Knob) -> Result<()> {
         Err(errno) if GONE.contains(&errno) || REFUSED.contains(&errno) => Ok(()),
         other => bail!("{} answered {text:?} with {other:?}", knob.file),
     }
+}
+
+/// Whether a line has all these words in order, one of them in brackets.
+fn is_choice(line: &str, words: &[&str]) -> bool {
+    words.iter().any(|&chosen| {
+        let shown = words.iter().map(|&word| match word {
+            word if word == chosen => format!("[{word}]"),
+            word => word.to_owned(),
+        });
+        shown.collect::<Vec<_>>().join(" ") == line
+    })
 }
 
 /// Every file can be read, and contains what such a file may.
@@ -144,9 +163,10 @@ fn read_all(ksm: &Ksm) -> Result<()> {
             }
         };
         let line = text.strip_suffix('\n').unwrap_or_default();
-        let fits = match name.as_str() {
-            "advisor_mode" => ["[none] scan-time", "none [scan-time]"].contains(&line),
-            "general_profit" | "ksm_zero_pages" => line.parse::<i64>().is_ok(),
+        let choice = CHOICES.iter().find(|(file, _)| *file == name);
+        let fits = match (choice, name.as_str()) {
+            (Some((_, words)), _) => is_choice(line, words),
+            (_, "general_profit" | "ksm_zero_pages") => line.parse::<i64>().is_ok(),
             _ => line.parse::<u64>().is_ok(),
         };
         ensure!(fits, "{name} contains {text:?}");

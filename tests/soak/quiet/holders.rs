@@ -139,10 +139,12 @@ impl Holders {
     }
 
     /// What could be merged is: of equal contents at most one page has found no partner, on each node if nodes are kept
-    /// apart. Pages that a fork has left shared are one. All pages must be in memory, and merging must have come to rest.
+    /// apart, in each process if processes are. Pages that a fork has left shared are one. All pages must be in memory, and merging must have come to rest.
     pub fn expect_merged(&self, ksm: &Ksm) -> Result<()> {
         let across = !ksm.has("merge_across_nodes") || ksm.read("merge_across_nodes")? == 1;
-        let mut single: BTreeMap<(Pattern, i32), BTreeSet<Pfn>> = BTreeMap::new();
+        // All holders have the same owner and the same memory cgroup.
+        let apart = ksm.has("merge_scope") && ksm.text("merge_scope")?.contains("[process]");
+        let mut single: BTreeMap<(Pattern, i32, Option<i32>), BTreeSet<Pfn>> = BTreeMap::new();
         for holder in &self.0 {
             let pid = holder.child.pid();
             let nodes = numa::nodes_of(pid, holder.region)?;
@@ -151,15 +153,15 @@ impl Holders {
                 let flags = pfn.flags()?;
                 if !flags.ksm() && !flags.zero_page() {
                     let node = if across { 0 } else { node };
-                    let key = (holder.patterns[index], node);
+                    let key = (holder.patterns[index], node, apart.then_some(pid));
                     single.entry(key).or_default().insert(pfn);
                 }
             }
         }
-        for ((pattern, node), pages) in single {
+        for ((pattern, node, process), pages) in single {
             ensure!(
                 pages.len() == 1,
-                "{} pages with {pattern:x?} (node {node}) are not merged: {pages:?}",
+                "{} pages with {pattern:x?} (node {node}, process {process:?}) are not merged: {pages:?}",
                 pages.len()
             );
         }
