@@ -158,6 +158,7 @@ impl kernel::Module for KsmRs {
         let registry = Arc::pin_init(Registry::new(), GFP_KERNEL)?;
         let ksm = Ksm::new(random_seed(), registry.clone(), stock)?;
         let notifier = Notifier::register(ksm.clone())?;
+        ksm.refuse_offlining()?;
         let probes = Probes::register(registry.clone())?;
         tracepoints::visit_existing(&*registry);
 

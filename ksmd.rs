@@ -167,6 +167,17 @@ impl Ksm {
         guard
     }
 
+    /// Fails with one line in the log if memory had begun to go offline before our notifier was there to be told. Sleeps.
+    ///
+    /// Stock is always told first, so nothing is missed between the two looks; at worst loading is refused needlessly.
+    pub(crate) fn refuse_offlining(&self) -> Result {
+        if self.stock.knows_of_offlining() && !self.state.lock().offlining {
+            pr_err!("memory is going offline; wanted none that does: load the module again once it is\n");
+            return Err(EBUSY);
+        }
+        Ok(())
+    }
+
     fn policy(&self) -> Policy {
         Policy {
             use_zero_pages: self.knobs.use_zero_pages(),

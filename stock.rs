@@ -27,6 +27,9 @@ use kernel::{
 /// Stock's value of `run` for unmerging.
 const RUN_UNMERGE: usize = 2;
 
+/// Stock's value of `run` while memory goes offline; memory hotplug sets it, whether stock merges or not.
+const RUN_OFFLINE: usize = 4;
+
 /// How often giving stock's files back is tried, and how long to wait in between: they want a little memory, and without
 /// them stock could not be used until the next boot.
 const GIVE_BACK_TRIES: usize = 100;
@@ -89,7 +92,7 @@ impl Stock {
                 Atomic::<usize>::from_ptr(variables.ksm_pages_shared as *mut usize).load(Relaxed),
             )
         };
-        if run != 0 || shared != 0 {
+        if run & !RUN_OFFLINE != 0 || shared != 0 {
             pr_err!(
                 "the kernel's own KSM is in use (run={run} pages_shared={shared}); wanted run=0 pages_shared=0: echo 2 > /sys/kernel/mm/ksm/run; echo 0 > /sys/kernel/mm/ksm/run\n"
             );
@@ -101,6 +104,13 @@ impl Stock {
     /// Address of the kobject of `/sys/kernel/mm`.
     pub(crate) fn mm_kobj(&self) -> *mut bindings::kobject {
         self.mm_kobj
+    }
+
+    /// Whether stock has been told that memory is going offline, and not yet how that ended.
+    pub(crate) fn knows_of_offlining(&self) -> bool {
+        // SAFETY: The variable is the core's, which reads it without a lock as well.
+        let run = unsafe { Atomic::<usize>::from_ptr(self.run) };
+        run.load(Relaxed) & RUN_OFFLINE != 0
     }
 
     /// Tells the core that merged pages are being unmerged: from now on a KSM page that is swapped in is

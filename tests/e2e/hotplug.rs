@@ -13,6 +13,8 @@ use ksm_e2e::hotplug::Block;
 use ksm_e2e::hotplug::Finder;
 use ksm_e2e::kmsg::Log;
 use ksm_e2e::ksm::Counters;
+use ksm_e2e::ksm::STOCK;
+use ksm_e2e::module;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 use nix::errno::Errno;
@@ -23,6 +25,7 @@ ksm_e2e::tests![
     scanning_waits_while_memory_goes_offline,
     scanning_goes_on_when_memory_stays_online,
     offlining_during_scanning_harms_nobody,
+    loading_is_refused_while_memory_goes_offline,
 ];
 
 const CONTENT: Content = Content::Distinct(1);
@@ -76,6 +79,30 @@ impl Pair {
     fn in_block(&self) -> Result<usize> {
         let pfns = self.one.pfns(self.here)?;
         Ok(pfns.iter().filter(|&&pfn| self.block.contains(pfn)).count())
+    }
+
+    /// Pins some pages and has a process take the block offline, which cannot succeed then. Returns that process, once
+    /// everybody in the kernel has been told.
+    fn begin_to_go_offline(&mut self) -> Result<Child> {
+        let pinned = self.here.part(0, PINNED);
+        self.one.pin(pinned)?;
+        let pins: Vec<String> = self
+            .one
+            .pfns(pinned)?
+            .iter()
+            .map(|pfn| format!("migrating pfn {:x} failed", pfn.0))
+            .collect();
+        let mut log = Log::from_now()?;
+        let mut writer = Child::spawn()?;
+        writer.begin_write_file(self.block.state_file(), "offline")?;
+        // The kernel tries to move pages only then.
+        wait::until("the kernel tries to move pinned pages", PATIENCE, || {
+            let lines = log.lines()?;
+            Ok(lines
+                .iter()
+                .any(|line| pins.iter().any(|pin| line.contains(pin))))
+        })?;
+        Ok(writer)
     }
 
     fn verify(&mut self) -> Result<()> {
@@ -187,29 +214,11 @@ struct Stuck {
 impl Stuck {
     fn new(ksm: &Ksm) -> Result<Self> {
         let mut pair = Pair::merged(ksm)?;
-        let pinned = pair.here.part(0, PINNED);
-        pair.one.pin(pinned)?;
-        let pins: Vec<String> = pair
-            .one
-            .pfns(pinned)?
-            .iter()
-            .map(|pfn| format!("migrating pfn {:x} failed", pfn.0))
-            .collect();
         ksm.start()?;
         let start = Instant::now();
         ksm.full_scans(20)?;
         let while_passes = start.elapsed();
-
-        let mut log = Log::from_now()?;
-        let mut writer = Child::spawn()?;
-        writer.begin_write_file(pair.block.state_file(), "offline")?;
-        // The kernel tries to move pages only once everybody knows that the memory is going offline.
-        wait::until("the kernel tries to move pinned pages", PATIENCE, || {
-            let lines = log.lines()?;
-            Ok(lines
-                .iter()
-                .any(|line| pins.iter().any(|pin| line.contains(pin))))
-        })?;
+        let writer = pair.begin_to_go_offline()?;
         Ok(Self {
             pair,
             writer,
@@ -341,6 +350,34 @@ fn offlining_during_scanning_harms_nobody(ksm: &Ksm) -> Result<()> {
     }
     writer.kill()?;
     let mut pair = Pair::spawn(&mut finder)?;
+    ksm.merge_until(Counters::merged(16, 16))?;
+    pair.expect_merged()
+}
+
+/// The module has not been told that memory is going offline, and would look at what is going.
+fn loading_is_refused_while_memory_goes_offline(ksm: &Ksm) -> Result<()> {
+    let mut pair = Pair::spawn(&mut Finder::default())?;
+    let _keep = pair.block.keep();
+    module::unload()?;
+    let mut writer = pair.begin_to_go_offline()?;
+    let line = module::expect_refusal(Errno::EBUSY, || module::try_load(""))?;
+    let wanted = "memory is going offline; wanted none that does: load the module again once it is";
+    ensure!(
+        line == wanted,
+        "the log says {line:?} instead of {wanted:?}"
+    );
+    ensure!(
+        Ksm::at(STOCK).exists(),
+        "the kernel's own KSM was not given back"
+    );
+    writer.interrupt()?;
+    let outcome = writer.finish_write()?;
+    ensure!(
+        outcome == Err(Errno::EINTR),
+        "taking the block offline: {outcome:?}"
+    );
+    pair.one.unpin()?;
+    module::load("")?;
     ksm.merge_until(Counters::merged(16, 16))?;
     pair.expect_merged()
 }

@@ -79,7 +79,16 @@ pub fn unload_and_load(stage: &mut Stage) -> Result<()> {
     stage.doing("loading");
     let run = stage.rng.choice(["0", "1", "1", "1", "2"]).context("run")?;
     let drop_in = stage.rng.choice(["0", "1"]).context("drop_in")?;
-    module::load(&format!("run={run} drop_in={drop_in}"))?;
+    let parameters = format!("run={run} drop_in={drop_in}");
+    wait::until("the module is loaded", PATIENCE, || {
+        stage.beat();
+        match module::try_load(&parameters)? {
+            Ok(()) => Ok(true),
+            // While memory goes offline.
+            Err(Errno::EBUSY) => Ok(false),
+            Err(errno) => bail!("loading the module with {parameters:?}: {errno}"),
+        }
+    })?;
     stage.dally(50);
     knobs::flat_out(&stage.ksm)?;
     stage.let_merge(region)?;
