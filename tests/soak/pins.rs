@@ -6,6 +6,7 @@ mod kvm;
 
 use std::fs::File;
 use std::fs::OpenOptions;
+use std::io::ErrorKind;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
 use std::io::Read;
@@ -154,7 +155,12 @@ fn complete(stage: &Stage, ring: &mut IoUring, count: usize) -> Result<()> {
             if let Some(done) = ring.completion().next() {
                 break done;
             }
-            ring.submit_and_wait(1)?;
+            match ring.submit_and_wait(1) {
+                Ok(_) => {}
+                // Everybody may have been frozen and thawed.
+                Err(error) if error.kind() == ErrorKind::Interrupted => stage.beat(),
+                Err(error) => return Err(error).context("waiting for io_uring"),
+            }
         };
         ensure!(
             done.result() == PAGE as i32,
