@@ -48,6 +48,10 @@ use crate::ledger::Shared;
 /// that there is no merging now.
 const MERGE_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// How long may take, on a fast kernel, what happens sooner or later: everybody else is at work meanwhile, and may be the
+/// one who freezes all tasks, takes away a CPU or uses up memory.
+pub const PATIENCE: Duration = Duration::from_secs(240);
+
 /// Contents that all actors have in common, so that the memory of each is merged with that of others.
 const COMMON: u64 = 24;
 

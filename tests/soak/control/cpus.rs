@@ -7,8 +7,8 @@ use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
 use ksm_e2e::wait;
-use ksm_e2e::wait::PATIENCE;
 
+use crate::actor::PATIENCE;
 use crate::actor::Stage;
 
 const CPUS: &str = "/sys/devices/system/cpu";

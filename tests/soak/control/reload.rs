@@ -12,12 +12,12 @@ use ksm_e2e::ksm::STOCK;
 use ksm_e2e::module;
 use ksm_e2e::procfs;
 use ksm_e2e::wait;
-use ksm_e2e::wait::PATIENCE;
 use nix::errno::Errno;
 use nix::kmod::DeleteModuleFlags;
 use nix::kmod::delete_module;
 
 use super::knobs;
+use crate::actor::PATIENCE;
 use crate::actor::Stage;
 
 /// Unloads, with signs of life. While somebody has one of the files open the kernel refuses.

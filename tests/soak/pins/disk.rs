@@ -10,10 +10,11 @@ use anyhow::Context;
 use anyhow::Result;
 use ksm_e2e::memory::PAGE;
 use ksm_e2e::wait;
-use ksm_e2e::wait::PATIENCE;
 use nix::errno::Errno;
 use nix::sys::memfd::MFdFlags;
 use nix::sys::memfd::memfd_create;
+
+use crate::actor::PATIENCE;
 
 /// The device is given back when nobody has it open any more.
 const AUTOCLEAR: u32 = 4;

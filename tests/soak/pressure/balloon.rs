@@ -22,6 +22,7 @@ use ksm_e2e::wait;
 use serde_json::Value;
 use serde_json::json;
 
+use crate::actor::PATIENCE;
 use crate::actor::Stage;
 
 /// Name of the serial port.
@@ -30,9 +31,6 @@ const PORTS: &str = "/sys/class/virtio-ports";
 
 /// Most memory that is taken, in pages: an eighth of what the machine has, so that nobody is killed for it.
 const MOST: u64 = 96 * 1024;
-
-/// How long the host may take to answer, and the balloon to move a little, on a fast kernel.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// QEMU's monitor.
 struct Monitor {
