@@ -25,15 +25,13 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
 use super::feats;
+use crate::actor::PATIENCE;
 use crate::actor::Stage;
 
 const UNPOISON: &str = "/sys/kernel/debug/hwpoison/unpoison-pfn";
 
 /// Whom this file's lock belongs to either makes pages bad or takes blocks of memory offline.
 const CLAIM: &str = "/tmp/ksm-soak-bad-memory";
-
-/// How long a page may be in somebody's hands before it can be made usable again.
-const CURE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Pages of each process that one goes bad for.
 const PAGES: usize = 8;
@@ -56,7 +54,7 @@ fn cure(pfn: Pfn) -> Result<()> {
     }
     wait::until(
         "a bad page is made good again",
-        CURE_PATIENCE,
+        PATIENCE,
         || match fs::write(UNPOISON, format!("{}\n", pfn.0)) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(!pfn.flags()?.poisoned()),
