@@ -66,15 +66,6 @@ impl AddressSpace {
         counter.fetch_add(difference as usize, Relaxed);
     }
 
-    /// What [`AddressSpace::count_rmap_items`] has counted.
-    pub(crate) fn rmap_items(&self) -> usize {
-        // SAFETY: As in `count_rmap_items()`.
-        let counter = unsafe {
-            Atomic::<usize>::from_ptr(&raw mut (*self.as_raw()).__bindgen_anon_1.ksm_rmap_items)
-        };
-        counter.load(Relaxed)
-    }
-
     /// Adds to the counter behind `ksm_merging_pages` in `/proc/PID`.
     pub(crate) fn count_merging_pages(&self, difference: isize) {
         // SAFETY: As in `count_rmap_items()`.
@@ -149,8 +140,20 @@ impl Locked<'_> {
 
     /// The VMA at `address` if its anonymous pages may be merged.
     pub(crate) fn mergeable_at(&self, address: usize) -> Option<Vma<'_>> {
-        self.mergeable_from(address)
-            .filter(|vma| vma.start() <= address)
+        let mut vmas = bindings::vma_iterator::default();
+        // SAFETY: The iterator is ours, the mm is valid, and the mmap lock is held by the invariant.
+        let vma = unsafe {
+            bindings::ksm_rs_vma_iter_init(&mut vmas, self.mm, address);
+            bindings::ksm_rs_vma_next(&mut vmas)
+        };
+        if vma.is_null() {
+            return None;
+        }
+        // SAFETY: It is a VMA, and the lock keeps it valid as long as `self` is borrowed.
+        let vma = Vma {
+            vma: unsafe { VmaRef::from_raw(vma) },
+        };
+        (vma.start() <= address && vma.is_mergeable()).then_some(vma)
     }
 }
 
