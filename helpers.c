@@ -206,7 +206,7 @@ bool ksm_rs_mmap_lock_contended(struct mm_struct *mm)
 
 unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr)
 {
-	return handle_mm_fault(vma, addr, FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE, NULL);
+	return handle_mm_fault(vma, addr, KSM_RS_UNSHARE, NULL);
 }
 
 void ksm_rs_flush_cache_page(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn)
@@ -396,7 +396,7 @@ struct task_struct *ksm_rs_next_thread(struct task_struct *task)
 
 struct mm_struct *ksm_rs_task_user_mm(struct task_struct *task)
 {
-	return (task->flags & PF_KTHREAD) ? NULL : task->mm;
+	return (task->flags & PF_KTHREAD) ? NULL : READ_ONCE(task->mm);
 }
 
 void ksm_rs_task_lock(struct task_struct *task)
@@ -435,6 +435,16 @@ u64 ksm_rs_task_memcg_id(struct task_struct *task)
 bool ksm_rs_memcg_disabled(void)
 {
 	return mem_cgroup_disabled();
+}
+
+bool ksm_rs_task_is_dumpable(struct task_struct *task)
+{
+	return READ_ONCE(rcu_dereference(task->exec_state)->dumpable) == TASK_DUMPABLE_OWNER;
+}
+
+void ksm_rs_smp_rmb(void)
+{
+	smp_rmb();
 }
 
 const struct cred *ksm_rs_task_cred(struct task_struct *task)

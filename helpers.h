@@ -23,7 +23,9 @@
 #include <linux/oom.h>
 #include <linux/pagewalk.h>
 #include <linux/rmap.h>
+#include <linux/sched/coredump.h>
 #include <linux/sched/cputime.h>
+#include <linux/sched/exec_state.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/sched/task.h>
@@ -40,6 +42,10 @@
 #define pte_uffd pte_uffd_wp
 #define pte_mkuffd pte_mkuffd_wp
 #endif
+
+/* A fault that waits for nobody: not for a file system that has the page of a file to bring, nor for userfaultfd. */
+#define KSM_RS_UNSHARE \
+	(FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE | FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_RETRY_NOWAIT)
 
 /* Declared in mm/internal.h and mm/swap.h, which are no part of a kernel's header package. */
 pmd_t *mm_find_pmd(struct mm_struct *mm, unsigned long address);
@@ -191,6 +197,8 @@ struct task_struct *ksm_rs_mm_owner(struct mm_struct *mm);
 bool ksm_rs_task_is_new(struct task_struct *task);
 u64 ksm_rs_task_memcg_id(struct task_struct *task);
 bool ksm_rs_memcg_disabled(void);
+bool ksm_rs_task_is_dumpable(struct task_struct *task);
+void ksm_rs_smp_rmb(void);
 const struct cred *ksm_rs_task_cred(struct task_struct *task);
 struct task_struct *ksm_rs_kthread_run(int (*thread)(void *data), void *data, int number);
 void ksm_rs_set_user_nice(long nice);

@@ -112,6 +112,13 @@ impl Engine {
 
     /// Decides on the page of an item in an address space of `domain`. Sleeps.
     pub(crate) fn consider(&mut self, id: Id, seen: Seen, domain: Domain, policy: Policy) {
+        if self.scope != Scope::Global {
+            // As of now: it may have changed since the batch began. The next pass knows the new one.
+            let slot = self.items.get(id).map(PageItem::slot);
+            if slot.and_then(|slot| self.domain_of(slot)) != Some(domain) {
+                return;
+            }
+        }
         if !matches!(seen, Seen::Merged(..)) && self.is_merged_now(id) {
             // By one before it in the batch, or by another thread, after it was seen.
             return;
@@ -265,17 +272,19 @@ impl Engine {
     /// Takes a mapping off the page of another domain's node: its address space belonged to that domain when it was
     /// merged, or was forked by one that did. Sleeps.
     fn part(&mut self, id: Id, node_id: Id) {
-        let apart = self.unshare(id);
+        self.unshare(id);
+        // It stays if there is no memory for a copy, or if somebody keeps the page from being read: the next pass tries
+        // again, and as long as the mapping is there, the core must find it.
+        let stays = self.maps_page_of(id, node_id);
         if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
-            if !apart && self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
+            if stays && self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
                 return;
             }
         }
         self.detach(id);
-        if apart {
+        if !stays {
             return;
         }
-        // There is no memory for a copy now. As long as the mapping is there, the core must find it.
         let Some(node) = self.stable.node_mut(node_id) else {
             return;
         };
@@ -616,6 +625,10 @@ impl Engine {
         let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
         let lock = page.try_lock().ok_or(NotMerged::Busy)?;
         if self.scope != Scope::Global && !page.is_large() && !lock.is_alone() {
+            if !lock.is_mapped() {
+                // Given up meanwhile: there is nothing to copy, and a fault would make a page.
+                return Err(NotMerged::Gone);
+            }
             // Relatives have it by a fork, maybe in other domains. They keep it; the next pass merges a copy.
             drop(lock);
             drop(page);
@@ -638,25 +651,21 @@ impl Engine {
         self.unshare(id);
     }
 
-    /// Gives the item's address a page of its own, if a KSM page is mapped there. Without memory for it, it
-    /// stays a KSM page, which the next pass finds; `false` says so. Sleeps.
-    fn unshare(&self, id: Id) -> bool {
+    /// Gives the item's address a page of its own, if a KSM page is mapped there. What cannot be copied now stays a KSM
+    /// page, which the next pass finds. Sleeps.
+    fn unshare(&self, id: Id) {
         let Some((space, address)) = self.place_of(id) else {
-            return true;
+            return;
         };
-        let Some(entered) = space.enter() else {
-            return true;
-        };
+        let Some(entered) = space.enter() else { return };
         let locked = entered.lock();
         let Some(vma) = locked.mergeable_at(address) else {
-            return true;
+            return;
         };
         let end = address.saturating_add(kernel::page::PAGE_SIZE);
-        let done = vma.unshare(address, end).is_ok();
-        if !done {
+        if vma.unshare(address, end).is_err() {
             self.stats.alloc_failures.up();
         }
-        done
     }
 
     /// The page of an item, with a reference. Sleeps.

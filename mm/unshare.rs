@@ -19,7 +19,8 @@ impl Vma<'_> {
     /// Gives every mapping of a KSM page in `[from, to)` a private copy, by an unsharing fault as
     /// `MADV_UNMERGEABLE` causes it. Sleeps.
     ///
-    /// `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
+    /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and those that userfaultfd keeps from
+    /// being read. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
     pub(crate) fn unshare(&self, from: usize, to: usize) -> Result {
         let mut address = from;
         while let Some(at) = self.next_ksm_page(address, to) {
@@ -27,7 +28,6 @@ impl Vma<'_> {
             address = at;
             delay::at(Point::Unsharing);
             if !self.unshare_page(at)? {
-                // Truncated under us, or poisoned: there is nothing to copy any more.
                 address = at.wrapping_add(PAGE_SIZE);
             }
             super::breathe();
@@ -36,21 +36,24 @@ impl Vma<'_> {
     }
 
     /// Gives the mapping at `address`, which lies in the VMA, a page that it shares with nobody, neither by a merge nor by
-    /// a fork. May back out without having done anything. `false`: there is nothing to copy. Sleeps.
+    /// a fork. May back out without having done anything. `false`: it is no use to try again now, as the memory
+    /// has gone bad, or somebody would have to be waited for. Sleeps.
     ///
     /// `Err(ENOMEM)`: there was no memory for a copy.
     pub(crate) fn unshare_page(&self, address: usize) -> Result<bool> {
         if address < self.start() || address >= self.end() {
             return Ok(false);
         }
-        // SAFETY: The mmap lock is held for reading and the address lies in the VMA.
+        // SAFETY: The mmap lock is held for reading and the address lies in the VMA; the fault's flags are such that the
+        // core does not let go of the lock.
         let fault = unsafe { bindings::ksm_rs_unshare(self.as_ptr(), address) };
         if fault & bindings::vm_fault_reason_VM_FAULT_OOM != 0 {
             return Err(ENOMEM);
         }
-        let gone = bindings::vm_fault_reason_VM_FAULT_SIGBUS
+        let vain = bindings::vm_fault_reason_VM_FAULT_SIGBUS
             | bindings::vm_fault_reason_VM_FAULT_SIGSEGV
-            | bindings::vm_fault_reason_VM_FAULT_HWPOISON;
-        Ok(fault & gone == 0)
+            | bindings::vm_fault_reason_VM_FAULT_HWPOISON
+            | bindings::vm_fault_reason_VM_FAULT_RETRY;
+        Ok(fault & vain == 0)
     }
 }
