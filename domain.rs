@@ -51,6 +51,17 @@ impl Scope {
     }
 }
 
+/// Who runs in an address space.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct User {
+    /// The real, the effective and the saved id, as the core knows them outside of all user namespaces.
+    pub(crate) ids: [u32; 3],
+    /// Whether its user may read the memory, by a debugger or in a core dump: not that of a program that was started with
+    /// more rights than its user has (set-user-ID, set-group-ID, file capabilities), of one that has changed its
+    /// rights since it was started, or of one that says so (`PR_SET_DUMPABLE`).
+    pub(crate) dumpable: bool,
+}
+
 /// Address spaces that may share pages. Domains of different scopes are never compared: a scope changes only while
 /// nothing is merged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -65,11 +76,12 @@ impl Domain {
         Self(number << 1)
     }
 
-    /// That of a user, by the real, the effective and the saved id, as the core knows them outside of all user
-    /// namespaces. `None` if they differ: the process has rights of several users, and secrets that none of them may see.
-    pub(crate) fn of_user(ids: [u32; 3]) -> Option<Self> {
-        let [real, effective, saved] = ids;
-        (real == effective && effective == saved).then_some(Self(u64::from(real) << 1))
+    /// That of a user. `None` if the process has rights of several users, or others that its user lacks, and so
+    /// memory that none of them may see.
+    pub(crate) fn of_user(user: &User) -> Option<Self> {
+        let [real, effective, saved] = user.ids;
+        let ordinary = real == effective && effective == saved && user.dumpable;
+        ordinary.then_some(Self(u64::from(real) << 1))
     }
 
     /// That of an address space alone, by its number, among those of any scope.

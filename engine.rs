@@ -192,7 +192,7 @@ impl Engine {
     }
 
     /// The domain that an address space belongs to now. `None`: that cannot be told, as nobody runs in it. One whose
-    /// owner has rights of several users is a domain of its own.
+    /// owner has rights of several users, or secrets from its own, is a domain of its own.
     pub(crate) fn domain_of(&self, slot: SlotId) -> Option<Domain> {
         if self.scope == Scope::Global {
             return Some(Domain::COMMON);
@@ -202,7 +202,7 @@ impl Engine {
         match self.scope {
             Scope::Global => Some(Domain::COMMON),
             Scope::Cgroup => slot.space.memory_cgroup().map(Domain::of_cgroup),
-            Scope::User => (slot.space.users()).map(|ids| Domain::of_user(ids).unwrap_or(alone)),
+            Scope::User => (slot.space.user()).map(|user| Domain::of_user(&user).unwrap_or(alone)),
             Scope::Process => Some(alone),
         }
     }
@@ -390,7 +390,8 @@ impl Engine {
             return Id::NIL;
         };
         self.stats.rmap_items.down();
-        if let Some(slot) = self.slots.get(slot) {
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.items = slot.items.saturating_sub(1);
             slot.space.count_rmap_items(-1);
         }
         mm::breathe();

@@ -469,7 +469,7 @@ impl Engine {
         };
         drop(locked);
         if let Some(slot) = self.slots.get(slot) {
-            batch.room = room_for_items(slot.space.rmap_items(), || entered.anon_pages());
+            batch.room = room_for_items(slot.items, || entered.anon_pages());
         }
         drop(entered);
 
@@ -628,7 +628,8 @@ impl Engine {
             return None;
         };
         self.stats.rmap_items.up();
-        if let Some(slot) = self.slots.get(slot) {
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.items = slot.items.saturating_add(1);
             slot.space.count_rmap_items(1);
         }
         self.set_behind(slot, last, id);

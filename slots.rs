@@ -18,6 +18,8 @@ pub(crate) struct MmSlot {
     pub(crate) space: AddressSpace,
     /// Its item with the lowest address.
     pub(crate) first: Id,
+    /// How many it has. The core's own counter may know some of stock's as well.
+    pub(crate) items: usize,
     /// The last round of unmerging that it has been through; 0 if none.
     pub(crate) unmerged: u32,
     /// Its number among all that there have ever been, from 1.
@@ -85,6 +87,7 @@ impl Slots {
                 space,
                 first,
                 unmerged: 0,
+                items: 0,
                 serial: self.serials,
             });
             self.vacant.pop();

@@ -71,8 +71,9 @@ impl<T: Observer> Probes<T> {
         // INVARIANT: None is registered yet.
         let mut probes = Self {
             probes: [
-                probe(c"ksm_enter", on_enter::<T> as *mut ffi::c_void)?,
+                // First, so that nobody is heard of who exits unheard.
                 probe(c"ksm_exit", on_exit::<T> as *mut ffi::c_void)?,
+                probe(c"ksm_enter", on_enter::<T> as *mut ffi::c_void)?,
                 probe(c"sched_process_fork", on_fork::<T> as *mut ffi::c_void)?,
                 probe(c"sched_process_exec", on_exec::<T> as *mut ffi::c_void)?,
             ],

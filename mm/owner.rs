@@ -10,6 +10,7 @@ use super::{
     bindings,
     space::AddressSpace, //
 };
+use crate::domain::User;
 use kernel::sync::rcu;
 
 /// Whether the kernel knows the owners of address spaces.
@@ -37,7 +38,10 @@ impl AddressSpace {
             {
                 return None;
             }
-            Some(question(task))
+            let answer = question(task);
+            // It takes on the address space of another program before its rights: so these were of this one.
+            bindings::ksm_rs_smp_rmb();
+            (bindings::ksm_rs_task_user_mm(task) == self.as_raw()).then_some(answer)
         }
     }
 
@@ -47,12 +51,15 @@ impl AddressSpace {
         self.ask_owner(|task| unsafe { bindings::ksm_rs_task_memcg_id(task) })
     }
 
-    /// The owner's real, effective and saved user, as the core knows them outside of all user namespaces. Does not sleep.
-    pub(crate) fn users(&self) -> Option<[u32; 3]> {
+    /// The owner's user. Does not sleep.
+    pub(crate) fn user(&self) -> Option<User> {
         // SAFETY: The task is valid, and RCU, which is held as long as it is asked, keeps its credentials allocated.
         self.ask_owner(|task| unsafe {
             let cred = bindings::ksm_rs_task_cred(task);
-            [(*cred).uid.val, (*cred).euid.val, (*cred).suid.val]
+            User {
+                ids: [(*cred).uid.val, (*cred).euid.val, (*cred).suid.val],
+                dumpable: bindings::ksm_rs_task_is_dumpable(task),
+            }
         })
     }
 }

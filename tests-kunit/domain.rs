@@ -6,7 +6,8 @@
 
 use crate::domain::{
     Domain,
-    Scope, //
+    Scope,
+    User, //
 };
 use kernel::prelude::*;
 
@@ -14,17 +15,29 @@ use kernel::prelude::*;
 mod tests {
     use super::*;
 
+    const fn user(ids: [u32; 3]) -> User {
+        User {
+            ids,
+            dumpable: true,
+        }
+    }
+
     #[test]
     fn a_user_has_a_domain_if_no_other_s_rights_are_there() {
-        for user in [0, 1, 1000, 100_000, u32::MAX - 1] {
-            let domain = Domain::of_user([user; 3]);
+        for id in [0, 1, 1000, 100_000, u32::MAX - 1] {
+            let domain = Domain::of_user(&user([id; 3]));
             assert!(domain.is_some());
-            assert!(domain != Domain::of_user([user + 1; 3]));
+            assert!(domain != Domain::of_user(&user([id + 1; 3])));
             for differing in 0..3 {
-                let mut ids = [user; 3];
-                ids[differing] = user + 1;
-                assert_eq!(Domain::of_user(ids), None);
+                let mut ids = [id; 3];
+                ids[differing] = id + 1;
+                assert_eq!(Domain::of_user(&user(ids)), None);
             }
+            let secretive = User {
+                dumpable: false,
+                ..user([id; 3])
+            };
+            assert_eq!(Domain::of_user(&secretive), None);
         }
     }
 
@@ -35,7 +48,7 @@ mod tests {
             assert!(alone != Domain::of_process(number + 1));
             for other in [number, number + 1, 2 * number, 2 * number + 1] {
                 assert!(alone != Domain::of_cgroup(other));
-                assert!(Some(alone) != Domain::of_user([other as u32; 3]));
+                assert!(Some(alone) != Domain::of_user(&user([other as u32; 3])));
             }
             assert!(alone != Domain::COMMON);
         }

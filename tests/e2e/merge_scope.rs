@@ -13,13 +13,18 @@ use ksm_e2e::Ksm;
 use ksm_e2e::Passes;
 use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
+use ksm_e2e::memory;
+use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
 use ksm_e2e::memory::Pattern;
 use ksm_e2e::memory::Timing;
+use ksm_e2e::numa;
 use ksm_e2e::procfs;
 use ksm_e2e::procfs::Pfn;
 use ksm_e2e::swap::Group;
 use ksm_e2e::swap::Swap;
+use ksm_e2e::userfault::Userfault;
+use ksm_e2e::userfault::Watch;
 use ksm_e2e::world::Contents;
 use ksm_e2e::world::Rules;
 use ksm_e2e::world::Shape;
@@ -34,6 +39,8 @@ ksm_e2e::tests![
     a_process_that_becomes_another_user_leaves_its_pages,
     a_process_that_moves_to_another_cgroup_leaves_its_pages,
     a_process_with_rights_of_two_users_keeps_to_itself,
+    a_process_with_secrets_from_its_user_keeps_to_itself,
+    a_page_that_may_not_be_read_leaves_later,
     a_page_that_waits_for_its_like_may_change_its_domain,
     a_child_parts_from_its_parents_merged_pages,
     pages_of_a_fork_are_not_merged_for_a_relative,
@@ -336,6 +343,82 @@ fn a_process_with_rights_of_two_users_keeps_to_itself(ksm: &Ksm) -> Result<()> {
         "processes of different rights share pages"
     );
     Ok(())
+}
+
+fn a_process_with_secrets_from_its_user_keeps_to_itself(ksm: &Ksm) -> Result<()> {
+    choose(ksm, "user")?;
+    let (mut one, mut other) = (person(ANN, None)?, person(ANN, None)?);
+    let mut secretive = person(ANN, None)?;
+    secretive.prctl(libc::PR_SET_DUMPABLE, 0)?;
+    let here = one.map_mergeable(PAGES, CONTENT)?;
+    let there = other.map_mergeable(PAGES, CONTENT)?;
+    let secret = secretive.map_mergeable(PAGES, CONTENT)?;
+    let pages = PAGES as u64;
+    ksm.merge_until(Counters::merged(pages, pages).and_unshared(pages))?;
+    ksm.scan_passes(3)?;
+    ksm.expect(Counters::merged(pages, pages).and_unshared(pages))?;
+    ensure!(
+        secretive.ksm_pages(secret)? == 0,
+        "pages were merged that their user may not read"
+    );
+    secretive.prctl(libc::PR_SET_DUMPABLE, 1)?;
+    ksm.merge_until(Counters::merged(pages, 2 * pages))?;
+    // What it keeps from its user from now on leaves those of everybody else.
+    one.prctl(libc::PR_SET_DUMPABLE, 0)?;
+    ksm.merge_until(Counters::merged(pages, pages).and_unshared(pages))?;
+    ensure!(
+        one.ksm_pages(here)? == 0,
+        "a process shares pages that its user may not read"
+    );
+    one.verify(here, CONTENT)?;
+    other.verify(there, CONTENT)?;
+    secretive.verify(secret, CONTENT)
+}
+
+/// Userfaultfd keeps a merged page of this process from being read, and so from being copied, when the process leaves the
+/// domain: as long as it is mapped, the core must find it.
+fn a_page_that_may_not_be_read_leaves_later(ksm: &Ksm) -> Result<()> {
+    let Some(watcher) = Userfault::open_for_protection()? else {
+        // A kernel without this kind of protection has no such pages.
+        return Ok(());
+    };
+    choose(ksm, "user")?;
+    let mut other = Child::spawn()?;
+    let there = other.map_mergeable(PAGES, CONTENT)?;
+    let region = Mapping::pages(PAGES).map()?;
+    // SAFETY: The region was just mapped.
+    unsafe { memory::fill(region, CONTENT) };
+    memory::advise(region, libc::MADV_MERGEABLE)?;
+    let pages = PAGES as u64;
+    ksm.merge_until(Counters::merged(pages, pages))?;
+    watcher.watch(region, Watch::Protected)?;
+    watcher.protect(region, true)?;
+    nix::sys::prctl::set_dumpable(false)?;
+    ksm.scan_passes(4)?;
+    ksm.expect(Counters::merged(pages, pages))?;
+    let me = std::process::id() as i32;
+    // The core moves a page only if it finds all mappings of it.
+    let before = numa::nodes_of(other.pid(), there)?;
+    let node = *(numa::nodes()?.iter())
+        .find(|node| **node as i32 != before[0])
+        .context("this test needs two nodes")?;
+    numa::move_to(other.pid(), there, node)?;
+    let after = numa::nodes_of(other.pid(), there)?;
+    ensure!(
+        after.iter().all(|at| *at == node as i32),
+        "pages were on {before:?}, and are on {after:?} instead of {node}"
+    );
+    ensure!(
+        procfs::ksm_pages(me, region)? == PAGES,
+        "pages have left that cannot be read"
+    );
+    watcher.protect(region, false)?;
+    ksm.merge_until(Counters::merged(pages, 0).and_unshared(pages))?;
+    ensure!(procfs::ksm_pages(me, region)? == 0, "pages have not left");
+    nix::sys::prctl::set_dumpable(true)?;
+    other.verify(there, CONTENT)?;
+    // SAFETY: The region is mapped.
+    CONTENT.check(&unsafe { memory::checksums(region) })
 }
 
 fn a_page_that_waits_for_its_like_may_change_its_domain(ksm: &Ksm) -> Result<()> {

@@ -3,7 +3,7 @@
 mod cpus;
 mod freeze;
 mod knobs;
-mod reload;
+pub mod reload;
 
 use anyhow::Result;
 use anyhow::ensure;

@@ -596,7 +596,7 @@ impl Child {
         self.done(&Command::Unpin)
     }
 
-    /// Makes the helper another user's: the real, the effective and the saved one.
+    /// Makes the helper another user's, the real, the effective and the saved one, who may debug it.
     pub fn set_users(&mut self, real: u32, effective: u32, saved: u32) -> Result<()> {
         self.done(&Command::SetUsers([real, effective, saved]))
     }
@@ -898,6 +898,8 @@ fn execute(command: Command) -> Result<Reply, Errno> {
             Command::SetUsers([real, effective, saved]) => {
                 let [real, effective, saved] = [real, effective, saved].map(Uid::from_raw);
                 setresuid(real, effective, saved)?;
+                // A program that changes its user has secrets from the new one, unless it says otherwise.
+                nix::sys::prctl::set_dumpable(true)?;
             }
             Command::TimeWrites(pages) => return Ok(Reply::Timings(memory::time_writes(&pages))),
             Command::CatchBusErrors => catch_bus_errors()?,

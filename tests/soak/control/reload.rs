@@ -1,6 +1,10 @@
 //! The module goes and comes back, with pages merged and without; now and then the kernel's own KSM has a turn between.
 
 use std::ffi::CString;
+use std::fs;
+use std::fs::OpenOptions;
+use std::io::ErrorKind;
+use std::io::Write;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -33,11 +37,31 @@ fn unload(stage: &Stage) -> Result<()> {
     })
 }
 
+/// Has a byte for each beginning, and for each end, of a turn of the kernel's own KSM.
+const STOCK_TURNS: &str = "/tmp/ksm-soak-stock-turns";
+
+/// How many times the kernel's own KSM has begun to merge, or ended: odd while it does.
+pub fn stock_turns() -> Result<u64> {
+    match fs::metadata(STOCK_TURNS) {
+        Ok(file) => Ok(file.len()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
+        Err(error) => Err(error).context(STOCK_TURNS),
+    }
+}
+
+fn note_stock_turn() -> Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.append(true).create(true).open(STOCK_TURNS);
+    file.and_then(|mut file| file.write_all(b"."))
+        .context(STOCK_TURNS)
+}
+
 /// The kernel's own KSM merges for a while, and gives everything back.
 fn let_stock_merge(stage: &mut Stage, region: Region) -> Result<()> {
     stage.doing("letting the kernel's own KSM merge");
     let stock = Ksm::at(STOCK);
     let before = stock.remember()?;
+    note_stock_turn()?;
     stock.scan_fast()?;
     stock.start()?;
     stage.let_merge(region)?;
@@ -52,6 +76,7 @@ fn let_stock_merge(stage: &mut Stage, region: Region) -> Result<()> {
         },
     )?;
     before.finish()?;
+    note_stock_turn()?;
     stage.check_all()
 }
 
