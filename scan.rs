@@ -31,9 +31,11 @@ use crate::{
     merge::Seen,
     mm::{
         self,
+        space::Next,
         walk::{
             Found,
-            BATCH_PAGES, //
+            BATCH_PAGES,
+            MOST_STEPS, //
         }, //
     },
     registry::SlotId,
@@ -289,6 +291,9 @@ impl Engine {
                 if self.cursors.all.iter().any(|cursor| cursor.held) {
                     return Begun::Others;
                 }
+                if !self.sweep_orphans(BATCH_PAGES) {
+                    break;
+                }
                 self.finish_pass(batch);
                 return Begun::PassDone;
             };
@@ -426,7 +431,6 @@ impl Engine {
 
     fn finish_pass(&mut self, batch: &mut Batch) {
         self.cursors.next = None;
-        self.sweep_orphans();
         self.account(batch);
         self.advise();
         trace::stop_scan(self.pass_number(), self.stats.rmap_items.get() as u32);
@@ -449,23 +453,25 @@ impl Engine {
         let enough = limit.min(ENOUGH);
         let locked = entered.lock();
         let mut address = self.cursors.get(cursor).map_or(0, Cursor::address);
+        let mut steps = MOST_STEPS;
         let gathered = loop {
-            let Some(vma) = locked.mergeable_from(address) else {
-                break match found.is_empty() {
-                    true => Gathered::End,
-                    false => Gathered::Pages(address),
-                };
+            let (at, more) = match locked.mergeable_from(address, &mut steps) {
+                Next::Vma(vma) => {
+                    let at = vma.gather(address, limit, enough, found, &mut steps);
+                    (at, at >= vma.end() && steps > 0 && !locked.contended())
+                }
+                Next::From(at) => (at, false),
+                Next::Nothing if found.is_empty() => break Gathered::End,
+                Next::Nothing => break Gathered::Pages(address),
             };
-            address = vma.gather(address, limit, enough, found);
-            if found.len() >= enough {
-                break Gathered::Pages(address);
+            address = at;
+            if more && found.len() < enough {
+                continue;
             }
-            if address < vma.end() || locked.contended() {
-                break match found.is_empty() {
-                    true => Gathered::Later(address),
-                    false => Gathered::Pages(address),
-                };
-            }
+            break match found.is_empty() {
+                true => Gathered::Later(address),
+                false => Gathered::Pages(address),
+            };
         };
         drop(locked);
         if let Some(slot) = self.slots.get(slot) {

@@ -50,6 +50,8 @@ pub(crate) struct StableEntry {
     key: u64,
     /// The only one whose pages it is mapped in the place of.
     domain: Domain,
+    /// It stands in the engine's list of orphans.
+    orphan: bool,
     /// The structure that the core reads; `None` only in an empty record.
     node: Option<StableNode>,
 }
@@ -109,6 +111,12 @@ impl StableTree {
                 Err(error)
             }
         }
+    }
+
+    /// Notes whether a node stands in the engine's list of orphans. Returns whether it did.
+    pub(crate) fn set_orphan(&mut self, id: Id, orphan: bool) -> bool {
+        let entry = self.entries.get_mut(id);
+        entry.is_some_and(|entry| core::mem::replace(&mut entry.orphan, orphan))
     }
 
     /// Puts a prepared node into the forest of `nid`, for pages of `domain`, of which `hash` is one.

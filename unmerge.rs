@@ -8,8 +8,10 @@ use crate::{
     engine::Engine,
     mm::{
         hotplug::OfflineRange,
+        space::Next,
         walk::{
             BATCH_PAGES,
+            MOST_STEPS,
             PAGE_TABLE_SPAN, //
         }, //
     },
@@ -89,8 +91,11 @@ impl Engine {
             return Ok(None);
         };
         let locked = entered.lock();
-        let Some(vma) = locked.mergeable_from(address) else {
-            return Ok(None);
+        let mut steps = MOST_STEPS;
+        let vma = match locked.mergeable_from(address, &mut steps) {
+            Next::Vma(vma) => vma,
+            Next::From(address) => return Ok(Some(address)),
+            Next::Nothing => return Ok(None),
         };
         let from = address.max(vma.start());
         let to = from.saturating_add(STRETCH).min(vma.end());

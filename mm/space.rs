@@ -111,9 +111,20 @@ pub(crate) struct Locked<'a> {
     mm: *mut bindings::mm_struct,
 }
 
+/// What comes next in an address space.
+pub(crate) enum Next<'a> {
+    /// This VMA.
+    Vma(Vma<'a>),
+    /// It is to be looked for from this address on.
+    From(usize),
+    /// No VMA whose pages may be merged.
+    Nothing,
+}
+
 impl Locked<'_> {
-    /// The first VMA that ends above `address` and whose anonymous pages may be merged. Goes past all others.
-    pub(crate) fn mergeable_from(&self, address: usize) -> Option<Vma<'_>> {
+    /// The first VMA that ends above `address` and whose anonymous pages may be merged. Others are passed, each of which is
+    /// counted down from `steps`.
+    pub(crate) fn mergeable_from(&self, address: usize, steps: &mut usize) -> Next<'_> {
         let mut vmas = bindings::vma_iterator::default();
         // SAFETY: The iterator is ours, the mm is valid.
         unsafe { bindings::ksm_rs_vma_iter_init(&mut vmas, self.mm, address) };
@@ -121,13 +132,17 @@ impl Locked<'_> {
             // SAFETY: The mmap lock is held by the invariant, since the iterator was made.
             let vma = unsafe { bindings::ksm_rs_vma_next(&mut vmas) };
             if vma.is_null() {
-                return None;
+                return Next::Nothing;
             }
             // SAFETY: It is a VMA, and the lock keeps it valid as long as `self` is borrowed.
             let vma = unsafe { VmaRef::from_raw(vma) };
             let vma = Vma { vma };
             if vma.is_mergeable() {
-                return Some(vma);
+                return Next::Vma(vma);
+            }
+            *steps = steps.saturating_sub(1);
+            if *steps == 0 {
+                return Next::From(vma.end());
             }
         }
     }

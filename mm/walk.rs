@@ -21,6 +21,10 @@ pub(crate) const PAGE_TABLE_SPAN: usize = 1 << bindings::PMD_SHIFT;
 /// the locks are not held for longer than by others who walk page tables.
 pub(crate) const BATCH_PAGES: usize = 128;
 
+/// Most page tables and VMAs without anything for us that are passed under one hold of the mmap lock: about a millisecond's
+/// work.
+pub(crate) const MOST_STEPS: usize = 512;
+
 /// An anonymous page found in a page table.
 pub(crate) struct Found {
     /// Where it is mapped, page-aligned.
@@ -37,12 +41,16 @@ struct Gather<'a> {
     enough: usize,
     /// Where the next gathering goes on.
     resume: usize,
+    /// How many page tables may still be passed.
+    steps: &'a mut usize,
 }
 
 impl Vma<'_> {
     /// Collects anonymous pages mapped in `[from, end of the VMA)`, in address order, with a reference on
     /// each, into the spare capacity of `found`, until that has `limit` of them. Ends sooner when there are `enough` at the
     /// end of a page table, or when somebody waits for the mmap lock or the page table's.
+    ///
+    /// Page tables are counted down from `steps`: with none left it ends too.
     ///
     /// Returns the address to go on from. Sleeps between page tables, never allocates.
     pub(crate) fn gather(
@@ -51,6 +59,7 @@ impl Vma<'_> {
         limit: usize,
         enough: usize,
         found: &mut KVec<Found>,
+        steps: &mut usize,
     ) -> usize {
         let from = from.max(self.start());
         if from >= self.end() {
@@ -61,6 +70,7 @@ impl Vma<'_> {
             limit,
             enough,
             resume: self.end(),
+            steps,
         };
         // SAFETY: The mmap lock is held for reading, the range lies inside the VMA, and `gather` outlives the
         // walk.
@@ -293,10 +303,11 @@ unsafe extern "C" fn gather_pmd_entry(
     if gather.resume < end || gather.found.len() >= gather.enough {
         return 1;
     }
+    *gather.steps = gather.steps.saturating_sub(1);
     super::breathe();
     // SAFETY: The walk's mm is valid.
     let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
-    ffi::c_int::from(contended)
+    ffi::c_int::from(*gather.steps == 0 || contended)
 }
 
 /// Takes the page of one address.

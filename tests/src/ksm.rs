@@ -43,6 +43,9 @@ const KNOBS: [&str; 12] = [
 /// `run`: the thread rests and merged pages stay merged.
 pub const STOP: u64 = 0;
 
+/// What stock's `run` says beside the rest while memory goes offline.
+const OFFLINING: u64 = 4;
+
 /// `run`: the thread scans and merges.
 pub const MERGE: u64 = 1;
 
@@ -288,7 +291,7 @@ impl Ksm {
         Ok(Restore {
             ksm: self.clone(),
             knobs,
-            run: self.read("run")?,
+            run: self.read("run")? & !OFFLINING,
             done: false,
         })
     }
