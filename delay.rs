@@ -23,7 +23,7 @@ pub(crate) use present::{
 /// The places, by how a thread may wait there.
 macro_rules! points {
     ($($(#[$attribute:meta])* $point:ident $name:literal $wait:ident,)+) => {
-        /// A place in the code; `docs/concurrency.md` says which pairs each belongs to.
+        /// A place in the code; the tests in `tests/races/` say which pairs each belongs to.
         #[derive(Clone, Copy)]
         #[cfg_attr(not(ksm_rs_delays), allow(dead_code))]
         pub(crate) enum Point {

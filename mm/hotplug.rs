@@ -34,7 +34,8 @@ impl OfflineRange {
     }
 }
 
-/// Who looks at page frames. The methods may sleep; they come in pairs.
+/// Who looks at page frames. The methods may sleep. Going on may be said without
+/// having been told to hold still.
 pub(crate) trait Bystander: Send + Sync + 'static {
     /// Memory is about to go offline: look at no stable node from the return of this on.
     fn hold_still(&self);

@@ -15,9 +15,9 @@
 //! # Lock order
 //!
 //! Outermost first: `control` → a thread's batch → the engine's mutex (all in `ksmd.rs`) → mmap lock → folio lock → MMU
-//! notifier range → anon_vma → PTE lock. The registry's spinlock (`registry.rs`) nests inside whatever the core
-//! holds when it calls the probes, `task_lock()` included, and takes nothing but the bell's. The stock KSM's
-//! `ksm_thread_mutex` is taken inside `control`, for an instant.
+//! notifier range → anon_vma → PTE lock. The registry's spinlock (`registry.rs`) and the bell's nest inside whatever the core
+//! holds when it calls the probes, `task_lock()` included, and take nothing. The stock KSM's `ksm_thread_mutex` is taken
+//! inside `control`, for an instant.
 //!
 //! [`Vma::replace`]: replace
 //! [`StableNode`]: node::StableNode
