@@ -208,7 +208,7 @@ impl Ksm {
 
     /// Carries out a write to `run`. Sleeps.
     ///
-    /// `Err(ENOMEM)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
+    /// `Err(ENOMEM)`, `Err(ENOSPC)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
     pub(crate) fn set_run(&self, run: Run) -> Result {
         let _control = self.control.lock();
         let same = self.knobs.run() == run;
