@@ -265,6 +265,12 @@ fn unloading_leaves_shared_what_does_not_fit_into_a_full_group(ksm: &Ksm) -> Res
     for sharer in &mut full.outside {
         sharer.expect_private()?;
     }
+    // As long as the kernel's own KSM has not scanned, which makes records of its own.
+    let pid = full.inside.child.pid();
+    ensure!(
+        procfs::ksm_merging_pages(pid)? == 0 && procfs::ksm_stat(pid, "ksm_rmap_items")? == 0,
+        "process {pid} counts pages that nobody knows any more"
+    );
     Ksm::at(STOCK).expect(Counters::merged(0, 0))?;
     // The next owner finds pages that are nobody's.
     module::load("run=1")?;
