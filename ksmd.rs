@@ -227,6 +227,8 @@ impl Ksm {
                 self.stock.set_unmerging(false);
             }
             undone?;
+            // Or pages of somebody's who has nothing to do with us would keep knobs from being changed for ever.
+            self.engine().engine.disown_orphans();
         }
         self.registry.bell().ring();
         Ok(())

@@ -8,6 +8,7 @@ use crate::{
     engine::Engine,
     mm::{
         hotplug::OfflineRange,
+        node::StableNode,
         space::Next,
         walk::{
             BATCH_PAGES,
@@ -127,16 +128,27 @@ impl Engine {
 
     /// Parts with all nodes, mapped or not, for unload. Returns how many had a page. Sleeps.
     pub(crate) fn disown_stable_nodes(&mut self) -> usize {
+        self.disown_those(|_| true)
+    }
+
+    /// Parts with the nodes that have no mapping any more that is known. Where their pages are still mapped, in memory that
+    /// is none of ours or that could not be copied, they stay KSM pages that belong to nobody. Sleeps.
+    pub(crate) fn disown_orphans(&mut self) {
+        self.disown_those(|node| node.sharers() == 0);
+    }
+
+    fn disown_those(&mut self, which: impl Fn(&StableNode) -> bool) -> usize {
         let mut pages = 0usize;
         let mut at = self.stable.first();
         while let Some(id) = at {
             at = self.stable.next(id);
-            if let Some(node) = self.stable.node_mut(id) {
-                if let Some(page) = node.page() {
-                    let lock = page.lock();
-                    node.disown(&lock);
-                    pages = pages.saturating_add(1);
-                }
+            let Some(node) = self.stable.node_mut(id).filter(|node| which(node)) else {
+                continue;
+            };
+            if let Some(page) = node.page() {
+                let lock = page.lock();
+                node.disown(&lock);
+                pages = pages.saturating_add(1);
             }
             self.retire(id);
         }

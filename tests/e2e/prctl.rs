@@ -5,6 +5,7 @@ use anyhow::ensure;
 use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
+use ksm_e2e::ksm::Counters;
 use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::procfs;
@@ -16,6 +17,7 @@ ksm_e2e::tests![
     a_program_started_by_a_marked_process_is_marked,
     taking_the_mark_away_unmerges_and_lasts,
     a_mark_set_late_reaches_memory_that_is_there,
+    what_a_child_merges_of_its_parents_keeps_no_knob_from_changing,
 ];
 
 fn a_process_marked_by_prctl_merges_and_so_do_its_children(ksm: &Ksm) -> Result<()> {
@@ -196,4 +198,57 @@ fn a_mark_set_late_reaches_memory_that_is_there(ksm: &Ksm) -> Result<()> {
     })?;
     late.verify(region, content)?;
     stranger.verify(there, content)
+}
+
+/// A page that becomes a KSM page in a child is one in its parent too, whose memory nobody unmerges.
+fn what_a_child_merges_of_its_parents_keeps_no_knob_from_changing(ksm: &Ksm) -> Result<()> {
+    let content = Content::Distinct(17);
+    let mut parent = Child::spawn()?;
+    let regions = [
+        parent.map(Mapping::pages(32))?,
+        parent.map(Mapping::pages(32))?,
+    ];
+    for region in regions {
+        parent.fill(region, content)?;
+    }
+    let mut child = parent.fork()?;
+    child.prctl(libc::PR_SET_MEMORY_MERGE, 1)?;
+    ksm.start()?;
+    wait::until("the child's pages are merged", PATIENCE, || {
+        Ok(child.ksm_pages(regions[0])? == 32 && child.ksm_pages(regions[1])? == 32)
+    })?;
+    let merged = |parent: &Child| -> Result<usize> {
+        Ok(parent.ksm_pages(regions[0])? + parent.ksm_pages(regions[1])?)
+    };
+    ensure!(
+        merged(&parent)? > 0,
+        "the child's KSM pages were not its parent's"
+    );
+    ksm.unmerge()?;
+    ksm.expect(Counters::merged(0, 0))?;
+    ensure!(
+        child.ksm_pages(regions[0])? + child.ksm_pages(regions[1])? == 0,
+        "the child has merged pages after run=2"
+    );
+    let old = ksm.read("max_page_sharing")?;
+    // The kernel's own KSM says that it is busy.
+    if !ksm.is_stock() {
+        ksm.write("max_page_sharing", old + 1)?;
+        ksm.write("max_page_sharing", old)?;
+    }
+    for child in [&mut parent, &mut child] {
+        for region in regions {
+            child.verify(region, content)?;
+        }
+    }
+    // Pages that belong to nobody are in nobody's way.
+    ksm.start()?;
+    wait::until("the child's pages are merged again", PATIENCE, || {
+        Ok(child.ksm_pages(regions[0])? == 32 && child.ksm_pages(regions[1])? == 32)
+    })?;
+    parent.fill(regions[0], Content::Distinct(900))?;
+    child.verify(regions[0], content)?;
+    ksm.unmerge()?;
+    child.verify(regions[0], content)?;
+    parent.verify(regions[1], content)
 }

@@ -222,19 +222,11 @@ fn settings(rng: &mut Rng) -> Result<String> {
         }
         match ksm.write_bytes(knob, value.as_bytes()) {
             Ok(_) => text += &format!("{knob}={value} "),
-            // As with the kernel's own KSM, as long as a page is left that was merged in a child of a process which has
-            // no mergeable memory, and cannot be unmerged there.
-            Err(Errno::EBUSY) if left_in_other_memory()? => text += &format!("{knob} is busy "),
             Err(errno) => return Err(errno).context(knob),
         }
     }
     ksm.start()?;
     Ok(text)
-}
-
-/// Whether any process maps KSM pages in memory that is not mergeable.
-fn left_in_other_memory() -> Result<bool> {
-    Ok(quiet::census::Census::take()?.elsewhere() > 0)
 }
 
 /// What went wrong, and with whom.
