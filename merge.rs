@@ -41,7 +41,10 @@ use crate::{
             NotMerged,
             PageRef, //
         },
-        space::AddressSpace, //
+        space::{
+            AddressSpace,
+            Vma, //
+        },
     },
     trace, //
 };
@@ -378,16 +381,13 @@ impl Engine {
         kpage: &KsmPage,
         rmap: &mut MergedRmap,
     ) -> Result<(), NotMerged> {
-        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
-        let entered = space.enter().ok_or(NotMerged::Gone)?;
-        let locked = entered.lock();
-        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
-        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
-        if !page.is(kpage) {
-            return Err(NotMerged::Gone);
-        }
-        rmap.item.bind(&vma);
-        Ok(())
+        self.in_place(id, |vma, _, page| {
+            if !page.is(kpage) {
+                return Err(NotMerged::Gone);
+            }
+            rmap.item.bind(vma);
+            Ok(())
+        })
     }
 
     /// Maps `kpage` in the place of the item's page, if they are equal. Sleeps.
@@ -415,51 +415,45 @@ impl Engine {
         kpage: &KsmPage,
         rmap: &mut MergedRmap,
     ) -> Result<(), NotMerged> {
-        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
-        let entered = space.enter().ok_or(NotMerged::Gone)?;
-        let locked = entered.lock();
-        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
-        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
-        if page.is(kpage) {
-            // There already: a fork's child, or a parent's.
-            rmap.item.bind(&vma);
-            return Ok(());
-        }
-        if page.is_ksm() {
-            return Err(NotMerged::Gone);
-        }
-        let lock = page.try_lock().ok_or(NotMerged::Busy)?;
-        if page.is_large() {
-            // A huge page is not given up for a hash.
-            if !page.same_contents(kpage) {
-                return Err(NotMerged::Different);
+        self.in_place(id, |vma, address, page| {
+            if page.is(kpage) {
+                // There already: a fork's child, or a parent's.
+                rmap.item.bind(vma);
+                return Ok(());
             }
-            lock.split()?;
-        }
-        delay::at(Point::Replacing);
-        vma.replace(address, &lock, kpage)?;
-        rmap.item.bind(&vma);
-        Ok(())
+            if page.is_ksm() {
+                return Err(NotMerged::Gone);
+            }
+            let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+            if page.is_large() {
+                // A huge page is not given up for a hash.
+                if !page.same_contents(kpage) {
+                    return Err(NotMerged::Different);
+                }
+                lock.split()?;
+            }
+            delay::at(Point::Replacing);
+            vma.replace(address, &lock, kpage)?;
+            rmap.item.bind(vma);
+            Ok(())
+        })
     }
 
     /// Maps the zero page in the place of the item's page, if that is empty. Sleeps.
     fn map_zero_page(&self, id: Id) -> Result<(), NotMerged> {
-        let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
-        let entered = space.enter().ok_or(NotMerged::Gone)?;
-        let locked = entered.lock();
-        let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
-        let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
-        if page.is_ksm() {
-            return Err(NotMerged::Gone);
-        }
-        let lock = page.try_lock().ok_or(NotMerged::Busy)?;
-        if page.is_large() {
-            if !page.is_empty() {
-                return Err(NotMerged::Different);
+        self.in_place(id, |vma, address, page| {
+            if page.is_ksm() {
+                return Err(NotMerged::Gone);
             }
-            lock.split()?;
-        }
-        vma.replace_by_zero_page(address, &lock)
+            let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+            if page.is_large() {
+                if !page.is_empty() {
+                    return Err(NotMerged::Different);
+                }
+                lock.split()?;
+            }
+            vma.replace_by_zero_page(address, &lock)
+        })
     }
 
     fn merge_with_unstable(
@@ -618,31 +612,42 @@ impl Engine {
 
     /// Turns the item's page into a KSM page. Sleeps.
     fn make_ksm(&self, id: Id, rmap: &mut MergedRmap) -> Result<KsmPage, NotMerged> {
+        self.in_place(id, |vma, address, page| {
+            let lock = page.try_lock().ok_or(NotMerged::Busy)?;
+            if self.scope != Scope::Global && !page.is_large() && !lock.is_alone() {
+                if !lock.is_mapped() {
+                    // Given up meanwhile: there is nothing to copy, and a fault would make a page.
+                    return Err(NotMerged::Gone);
+                }
+                // Relatives have it by a fork, maybe in other domains. They keep it; the next pass merges a copy.
+                drop(lock);
+                drop(page);
+                if vma.unshare_page(address).is_err() {
+                    self.stats.alloc_failures.up();
+                }
+                return Err(NotMerged::Busy);
+            }
+            let made = vma.make_ksm(address, &lock);
+            let (item, err) = (&rmap.item, errno_of(&made));
+            trace::merge_with_ksm_page(0, page.pfn(), item.address_of(), item.mm(), err);
+            let ksm_page = made?;
+            rmap.item.bind(vma);
+            Ok(ksm_page)
+        })
+    }
+
+    /// Does something with the page of an item, where it is mapped now. `Gone`: there is none. Sleeps.
+    fn in_place<T>(
+        &self,
+        id: Id,
+        work: impl FnOnce(&Vma<'_>, usize, PageRef) -> Result<T, NotMerged>,
+    ) -> Result<T, NotMerged> {
         let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
         let entered = space.enter().ok_or(NotMerged::Gone)?;
         let locked = entered.lock();
         let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
         let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
-        let lock = page.try_lock().ok_or(NotMerged::Busy)?;
-        if self.scope != Scope::Global && !page.is_large() && !lock.is_alone() {
-            if !lock.is_mapped() {
-                // Given up meanwhile: there is nothing to copy, and a fault would make a page.
-                return Err(NotMerged::Gone);
-            }
-            // Relatives have it by a fork, maybe in other domains. They keep it; the next pass merges a copy.
-            drop(lock);
-            drop(page);
-            if vma.unshare_page(address).is_err() {
-                self.stats.alloc_failures.up();
-            }
-            return Err(NotMerged::Busy);
-        }
-        let made = vma.make_ksm(address, &lock);
-        let (item, err) = (&rmap.item, errno_of(&made));
-        trace::merge_with_ksm_page(0, page.pfn(), item.address_of(), item.mm(), err);
-        let page = made?;
-        rmap.item.bind(&vma);
-        Ok(page)
+        work(&vma, address, page)
     }
 
     /// Takes a merge back that could not be recorded. Sleeps.
