@@ -36,6 +36,9 @@ const MANY: usize = 60;
 /// How long a mapping may take to go from a counter, on a fast kernel: the dead are buried between two turns.
 const BURIAL: Duration = Duration::from_secs(30);
 
+/// How long the processes of the machine itself may be at work after that, on a fast kernel.
+const REST: Duration = Duration::from_secs(20);
+
 /// What the counters say that must come to rest.
 const RESTING: [&str; 7] = [
     "pages_shared",
@@ -98,8 +101,7 @@ impl Quiet {
                 self.holders.write_some(&mut self.rng)?;
             }
             let passes = self.settle()?;
-            let census = Census::take()?;
-            self.expect_exact(&census)?;
+            let census = self.exact_census()?;
             self.holders.expect_merged(&self.ksm)?;
             self.holders.verify()?;
             println!("soak: quiet after {passes} passes: {census}");
@@ -161,8 +163,22 @@ impl Quiet {
         bail!("merging has not come to rest after {MANY} passes: {RESTING:?} are {before:?}")
     }
 
-    /// Every counter says what the page tables do.
-    fn expect_exact(&self, census: &Census) -> Result<()> {
+    /// A census in which every counter says what the page tables do. The machine's own processes may still be at
+    /// work for a moment.
+    fn exact_census(&self) -> Result<Census> {
+        let mut exact = None;
+        wait::until_or_explain("all counters are exact", REST, || {
+            let census = Census::take()?;
+            let wrong = self.problems(&census)?;
+            let problem = (!wrong.is_empty()).then(|| format!("{wrong:#?}; {census}"));
+            exact = Some(census);
+            Ok(problem)
+        })?;
+        exact.context("a census")
+    }
+
+    /// Which counters say something else than the page tables.
+    fn problems(&self, census: &Census) -> Result<Vec<String>> {
         let mut wrong = census.problems()?;
         let mut expect = |name: &str, wanted: u64| -> Result<()> {
             let said = self.ksm.read(name)?;
@@ -186,8 +202,7 @@ impl Quiet {
             census.mappings() > census.pages(),
             "nothing is merged: {census}"
         );
-        ensure!(wrong.is_empty(), "counters are off: {wrong:#?}; {census}");
-        Ok(())
+        Ok(wrong)
     }
 
     fn expect_nothing_merged(&self) -> Result<()> {
@@ -201,13 +216,15 @@ impl Quiet {
             }
             Ok((!left.is_empty()).then(|| left.join(", ")))
         })?;
-        let census = Census::take()?;
-        ensure!(
-            census.mappings() == 0 && census.zero_pages() == 0 && census.items() == 0,
-            "run=2 has left something: {census}"
-        );
-        let wrong = census.problems()?;
-        ensure!(wrong.is_empty(), "counters are off: {wrong:#?}; {census}");
+        wait::until_or_explain("all counters are exact after run=2", REST, || {
+            let census = Census::take()?;
+            ensure!(
+                census.mappings() == 0 && census.zero_pages() == 0 && census.items() == 0,
+                "run=2 has left something: {census}"
+            );
+            let wrong = census.problems()?;
+            Ok((!wrong.is_empty()).then(|| format!("{wrong:#?}; {census}")))
+        })?;
         let run = self.ksm.read("run")?;
         ensure!(run == 2, "run is {run}");
         let profit = self.ksm.read_signed("general_profit")?;
