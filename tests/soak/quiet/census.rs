@@ -87,9 +87,15 @@ impl Census {
             if areas.is_empty() {
                 continue;
             }
-            let name = fs::read_to_string(entry.path().join("comm"))?;
-            let process = census.count(pid, name.trim_end().to_owned(), &areas, &mut flags)?;
-            census.processes.push(process);
+            let counted = fs::read_to_string(entry.path().join("comm"))
+                .map_err(anyhow::Error::from)
+                .and_then(|name| census.count(pid, name.trim_end().to_owned(), &areas, &mut flags));
+            match counted {
+                Ok(process) => census.processes.push(process),
+                // It has ended meanwhile.
+                Err(_) if !entry.path().exists() => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(census)
     }
