@@ -165,9 +165,8 @@ impl Locked<'_> {
             return None;
         }
         // SAFETY: It is a VMA, and the lock keeps it valid as long as `self` is borrowed.
-        let vma = Vma {
-            vma: unsafe { VmaRef::from_raw(vma) },
-        };
+        let vma = unsafe { VmaRef::from_raw(vma) };
+        let vma = Vma { vma };
         (vma.start() <= address && vma.is_mergeable()).then_some(vma)
     }
 }
