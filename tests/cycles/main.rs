@@ -27,6 +27,10 @@ use ksm_e2e::runner;
 use ksm_e2e::sharer::shared_by;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
+use nix::errno::Errno;
+use nix::sys::wait::WaitPidFlag;
+use nix::sys::wait::WaitStatus;
+use nix::sys::wait::waitpid;
 
 /// Equal pages of each process.
 const PAGES: usize = 64;
@@ -51,6 +55,8 @@ fn main() -> Result<()> {
     child::serve_if_asked();
     let arguments = Arguments::parse();
     runner::prepare_process()?;
+    // Children of guests that were killed are ours then, and so are their remains.
+    nix::sys::prctl::set_child_subreaper(true)?;
     if module::loaded()? {
         module::unload()?;
     }
@@ -60,6 +66,7 @@ fn main() -> Result<()> {
     for cycle in 0..WARM_UP {
         load.cycle(cycle)
             .with_context(|| format!("in cycle {cycle} before counting"))?;
+        bury_the_adopted()?;
     }
     let before = Leftovers::now()?;
     let start = Instant::now();
@@ -68,6 +75,7 @@ fn main() -> Result<()> {
         merged += load
             .cycle(cycle)
             .with_context(|| format!("in cycle {cycle}"))?;
+        bury_the_adopted()?;
         let reports = log.reports()?;
         ensure!(reports.is_empty(), "in cycle {cycle}: {reports:#?}");
         if (cycle + 1) % REPORT == 0 {
@@ -85,6 +93,17 @@ fn main() -> Result<()> {
         start.elapsed().as_secs()
     );
     Ok(())
+}
+
+/// Buries the adopted; all other children that have ended have been waited for.
+fn bury_the_adopted() -> Result<()> {
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("waiting for the adopted"),
+        }
+    }
 }
 
 /// Processes, some of which stay.
