@@ -31,7 +31,8 @@ fn unload(stage: &Stage) -> Result<()> {
         stage.beat();
         match delete_module(&name, DeleteModuleFlags::O_NONBLOCK) {
             Ok(()) => Ok(true),
-            Err(Errno::EAGAIN | Errno::EBUSY) => Ok(false),
+            // The last one: when everybody is frozen and thawed.
+            Err(Errno::EAGAIN | Errno::EBUSY | Errno::EINTR) => Ok(false),
             Err(errno) => bail!("rmmod: {errno}"),
         }
     })
@@ -109,8 +110,8 @@ pub fn unload_and_load(stage: &mut Stage) -> Result<()> {
         stage.beat();
         match module::try_load(&parameters)? {
             Ok(()) => Ok(true),
-            // While memory goes offline.
-            Err(Errno::EBUSY) => Ok(false),
+            // While memory goes offline; when everybody is frozen and thawed.
+            Err(Errno::EBUSY | Errno::EINTR) => Ok(false),
             Err(errno) => bail!("loading the module with {parameters:?}: {errno}"),
         }
     })?;

@@ -40,7 +40,13 @@ pub fn guest(stage: &mut Stage) -> Result<()> {
     unsafe { memory::write(code.addr, &CODE) };
 
     let kvm = Kvm::new().context("/dev/kvm")?;
-    let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
+    let vm = loop {
+        match kvm.create_vm() {
+            // Everybody may have been frozen and thawed.
+            Err(error) if error.errno() == libc::EINTR => stage.beat(),
+            made => break made.context("KVM_CREATE_VM")?,
+        }
+    };
     for (slot, memory, at) in [(0, region, 0), (1, code, CODE_AT)] {
         let memory = kvm_userspace_memory_region {
             slot,
