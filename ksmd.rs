@@ -545,6 +545,9 @@ impl Ksm {
                 "{left} KSM pages could not be unmerged, as there is no memory or a process hangs in its exit; they stay shared until they are written to\n"
             );
         }
+        // Of what was left, address spaces still count what was known.
+        let mut at = 0;
+        while !self.engine().engine.forget_some(&mut at) {}
         self.registry.close();
     }
 }

@@ -155,6 +155,19 @@ impl Engine {
         pages
     }
 
+    /// Frees what is known of the address spaces from `at` on, a batch of it; moves `at` on. Returns whether nothing is left.
+    /// Sleeps.
+    pub(crate) fn forget_some(&mut self, at: &mut SlotId) -> bool {
+        let Some(slot) = self.slots.next_used(*at) else {
+            return true;
+        };
+        *at = slot;
+        if self.free_items(slot, BATCH_PAGES) {
+            *at = slot.saturating_add(1);
+        }
+        false
+    }
+
     /// Begins a new count of passes. All items must have been freed.
     pub(crate) fn start_over(&mut self) {
         self.cursors.reset();

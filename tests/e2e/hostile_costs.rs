@@ -342,10 +342,14 @@ fn play(ksm: &Ksm, make: Make) -> Result<Cost> {
         }
         let mut rounds = [0; ROUNDS];
         for round in &mut rounds {
-            (scene.before)()?;
-            let before = cpu_when_asleep(thread)?;
-            passes.make(scene.passes)?;
-            *round = cpu_when_asleep(thread)? - before;
+            // A machine that is busy may take the CPU away so long that its clocks lose count.
+            wait::until("the thread's CPU time goes on", PATIENCE, || {
+                (scene.before)()?;
+                let before = cpu_when_asleep(thread)?;
+                passes.make(scene.passes)?;
+                *round = cpu_when_asleep(thread)? - before;
+                Ok(*round > 0)
+            })?;
         }
         // The one in the middle: one may be of a pass that had been made already, or of a CPU that others wanted.
         rounds.sort_unstable();

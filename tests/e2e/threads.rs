@@ -46,11 +46,11 @@ fn expect_threads(ksm: &Ksm, wanted: u64) -> Result<()> {
         ksm.read("scan_threads")? == wanted,
         "the file does not show {wanted}"
     );
-    ensure!(
-        others()? == names,
-        "there are {:?}, wanted {names:?}",
-        others()?
-    );
+    // One that has been stopped may still be on its way out.
+    wait::until_or_explain("the threads are those wanted", PATIENCE, || {
+        let seen = others()?;
+        Ok((seen != names).then(|| format!("there are {seen:?}, wanted {names:?}")))
+    })?;
     ensure!(
         procfs::pid_of("ksmd_rs")?.is_some(),
         "the first thread is gone"
