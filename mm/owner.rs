@@ -53,13 +53,15 @@ impl AddressSpace {
 
     /// The owner's user. Does not sleep.
     pub(crate) fn user(&self) -> Option<User> {
-        // SAFETY: The task is valid, and RCU, which is held as long as it is asked, keeps its credentials allocated.
+        // SAFETY: The task is valid and not a new one, so it has credentials and an exec state; RCU, which is held as long as
+        // it is asked, keeps both allocated though the task may get others meanwhile.
         self.ask_owner(|task| unsafe {
             let cred = bindings::ksm_rs_task_cred(task);
-            User {
-                ids: [(*cred).uid.val, (*cred).euid.val, (*cred).suid.val],
-                dumpable: bindings::ksm_rs_task_is_dumpable(task),
-            }
+            let ids = [(*cred).uid.val, (*cred).euid.val, (*cred).suid.val];
+            // Who takes on other credentials stops being dumpable first: who sees the new ones sees that.
+            bindings::ksm_rs_smp_rmb();
+            let dumpable = bindings::ksm_rs_task_is_dumpable(task);
+            User { ids, dumpable }
         })
     }
 }

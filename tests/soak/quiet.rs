@@ -36,7 +36,7 @@ const MANY: usize = 60;
 /// How long a mapping may take to go from a counter, on a fast kernel: the dead are buried between two turns.
 const BURIAL: Duration = Duration::from_secs(30);
 
-/// How long the processes of the machine itself may be at work after that, on a fast kernel.
+/// How long processes of the machine itself may be at work while they are counted, on a fast kernel.
 const REST: Duration = Duration::from_secs(20);
 
 /// What the counters say that must come to rest.
@@ -163,18 +163,13 @@ impl Quiet {
         bail!("merging has not come to rest after {MANY} passes: {RESTING:?} are {before:?}")
     }
 
-    /// A census in which every counter says what the page tables do. The machine's own processes may still be at
-    /// work for a moment.
+    /// A census in which every counter says what the page tables do.
     fn exact_census(&self) -> Result<Census> {
-        let mut exact = None;
-        wait::until_or_explain("all counters are exact", REST, || {
-            let census = Census::take()?;
-            let wrong = self.problems(&census)?;
-            let problem = (!wrong.is_empty()).then(|| format!("{wrong:#?}; {census}"));
-            exact = Some(census);
-            Ok(problem)
-        })?;
-        exact.context("a census")
+        let census = Census::take()?;
+        let wrong = self.problems(&census)?;
+        ensure!(wrong.is_empty(), "counters are off: {wrong:#?}; {census}");
+        expect_right_sizes()?;
+        Ok(census)
     }
 
     /// Which counters say something else than the page tables.
@@ -216,15 +211,14 @@ impl Quiet {
             }
             Ok((!left.is_empty()).then(|| left.join(", ")))
         })?;
-        wait::until_or_explain("all counters are exact after run=2", REST, || {
-            let census = Census::take()?;
-            ensure!(
-                census.mappings() == 0 && census.zero_pages() == 0 && census.items() == 0,
-                "run=2 has left something: {census}"
-            );
-            let wrong = census.problems()?;
-            Ok((!wrong.is_empty()).then(|| format!("{wrong:#?}; {census}")))
-        })?;
+        let census = Census::take()?;
+        ensure!(
+            census.mappings() == 0 && census.zero_pages() == 0 && census.items() == 0,
+            "run=2 has left something: {census}"
+        );
+        let wrong = census.problems()?;
+        ensure!(wrong.is_empty(), "counters are off: {wrong:#?}; {census}");
+        expect_right_sizes()?;
         let run = self.ksm.read("run")?;
         ensure!(run == 2, "run is {run}");
         let profit = self.ksm.read_signed("general_profit")?;
@@ -235,4 +229,13 @@ impl Quiet {
         procfs::pid_of("ksmd_rs")?.context("the thread is gone")?;
         Ok(())
     }
+}
+
+/// All processes have as much memory as the kernel says. Those of the machine itself may still be at work for a moment, so
+/// they are counted again.
+fn expect_right_sizes() -> Result<()> {
+    wait::until_or_explain("all processes are of the size that they show", REST, || {
+        let wrong = Census::take()?.wrong_sizes()?;
+        Ok((!wrong.is_empty()).then(|| wrong.join(", ")))
+    })
 }

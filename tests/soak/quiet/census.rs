@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fmt;
 use std::fs;
+use std::path::Path;
 
 use anyhow::Result;
 use ksm_e2e::Region;
@@ -68,6 +69,10 @@ fn areas(pid: i32) -> Result<Vec<(Region, bool)>> {
     Ok(areas)
 }
 
+fn has_ended(pid: i32) -> bool {
+    !Path::new("/proc").join(pid.to_string()).exists()
+}
+
 impl Census {
     /// Counts.
     pub fn take() -> Result<Self> {
@@ -93,7 +98,7 @@ impl Census {
             match counted {
                 Ok(process) => census.processes.push(process),
                 // It has ended meanwhile.
-                Err(_) if !entry.path().exists() => {}
+                Err(_) if has_ended(pid) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -168,11 +173,37 @@ impl Census {
         self.processes.iter().map(|process| process.items).sum()
     }
 
-    /// Where what the kernel says of single processes and pages is not what their page tables say.
-    pub fn problems(&self) -> Result<Vec<String>> {
+    /// Where the kernel says that a process has more or less anonymous memory than its page tables do.
+    pub fn wrong_sizes(&self) -> Result<Vec<String>> {
+        // This process's own memory grows as it counts.
         let me = std::process::id() as i32;
+        let mut wrong = Vec::new();
+        for process in self.processes.iter().filter(|process| process.pid != me) {
+            let (pid, seen) = (process.pid, process.anonymous);
+            let said = match procfs::status(pid, "RssAnon") {
+                Ok(kilobytes) => kilobytes * 1024 / PAGE as u64,
+                Err(_) if has_ended(pid) => continue,
+                Err(error) => return Err(error),
+            };
+            if said != seen {
+                let name = &process.name;
+                wrong.push(format!(
+                    "RssAnon of {name} {pid} is {said} pages, but there are {seen}"
+                ));
+            }
+        }
+        Ok(wrong)
+    }
+
+    /// Where what the kernel says of merged pages of single processes, and of single pages, is not what their page tables
+    /// say.
+    pub fn problems(&self) -> Result<Vec<String>> {
         let mut problems = Vec::new();
-        for process in &self.processes {
+        for process in self
+            .processes
+            .iter()
+            .filter(|process| !has_ended(process.pid))
+        {
             let pid = process.pid;
             let mut expect = |what: &str, said: u64, seen: u64| {
                 if said != seen {
@@ -197,15 +228,6 @@ impl Census {
                 procfs::ksm_stat(pid, "ksm_zero_pages")?,
                 process.zero,
             );
-            // This process's own memory grows as it counts.
-            if pid != me {
-                let kilobytes = procfs::status(pid, "RssAnon")?;
-                expect(
-                    "RssAnon, in pages,",
-                    kilobytes * 1024 / PAGE as u64,
-                    process.anonymous,
-                );
-            }
         }
         for (pfn, mappings) in &self.pages {
             let (said, seen) = (procfs::mappings(*pfn)?, mappings.all);

@@ -139,7 +139,8 @@ impl Holders {
     }
 
     /// What could be merged is: of equal contents at most one page has found no partner, on each node if nodes are kept
-    /// apart, in each process if processes are. Pages that a fork has left shared are one. All pages must be in memory, and merging must have come to rest.
+    /// apart, in each process if processes are. Pages that a fork has left shared are one. All pages must be in memory, and
+    /// merging must have come to rest.
     pub fn expect_merged(&self, ksm: &Ksm) -> Result<()> {
         let across = !ksm.has("merge_across_nodes") || ksm.read("merge_across_nodes")? == 1;
         // All holders have the same owner and the same memory cgroup.
