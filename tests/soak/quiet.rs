@@ -26,6 +26,8 @@ use census::Census;
 use holders::Holders;
 use leaks::Objects;
 
+use crate::control::reload::stock_turns;
+
 /// Passes in a row without any change after which nothing more is to be expected: a page is looked for in the trees
 /// when it has not changed from one pass to the next, and its partner may come upon it one later.
 const UNCHANGED: usize = 3;
@@ -70,6 +72,17 @@ fn stock_files() -> Result<Vec<(String, u32, String)>> {
         .filter(|(name, _)| !HISTORY.contains(&name.as_str()))
         .map(|(name, (mode, text))| (name, mode, text))
         .collect())
+}
+
+/// The kernel's own KSM keeps a page that was still mapped by a child when it unmerged, and counts it, until it is told to
+/// unmerge anew: only then is it right to want its counters as they were.
+fn forget_stock_turns() -> Result<()> {
+    if stock_turns()? == 0 {
+        return Ok(());
+    }
+    let stock = Ksm::at(STOCK);
+    stock.unmerge()?;
+    stock.stop()
 }
 
 impl Quiet {
@@ -126,6 +139,7 @@ impl Quiet {
         module::unload()?;
         one.expect_private()?;
         one.exit()?;
+        forget_stock_turns()?;
         let after = stock_files()?;
         ensure!(
             after == stock,
