@@ -164,6 +164,30 @@ int ksm_rs_split_huge_page(struct page *page)
 #endif
 }
 
+struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long addr, bool zeroed)
+{
+	return vma_alloc_folio(GFP_HIGHUSER_MOVABLE | (zeroed ? __GFP_ZERO : 0), 0, vma, addr);
+}
+
+int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm)
+{
+#ifdef CONFIG_MEMCG
+	return mem_cgroup_disabled() ? 0 : ksm_rs___mem_cgroup_charge(folio, mm, GFP_KERNEL);
+#else
+	return 0;
+#endif
+}
+
+int ksm_rs_copy_mc_user_highpage(struct page *to, struct page *from, unsigned long addr, struct vm_area_struct *vma)
+{
+	return copy_mc_user_highpage(to, from, addr, vma);
+}
+
+void ksm_rs_folio_mark_uptodate(struct folio *folio)
+{
+	__folio_mark_uptodate(folio);
+}
+
 bool ksm_rs_vma_mergeable(struct vm_area_struct *vma)
 {
 	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;
@@ -202,11 +226,6 @@ bool ksm_rs_mm_tlb_flush_pending(struct mm_struct *mm)
 bool ksm_rs_mmap_lock_contended(struct mm_struct *mm)
 {
 	return mmap_lock_is_contended(mm);
-}
-
-unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr)
-{
-	return handle_mm_fault(vma, addr, KSM_RS_UNSHARE, NULL);
 }
 
 void ksm_rs_flush_cache_page(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn)
@@ -362,6 +381,11 @@ void ksm_rs_count_zero_page(struct mm_struct *mm, atomic_long_t *all)
 	atomic_long_inc(all); atomic_long_inc(&mm->ksm_zero_pages); percpu_counter_dec(&mm->rss_stat[MM_ANONPAGES]);
 }
 
+void ksm_rs_uncount_zero_page(struct mm_struct *mm, atomic_long_t *all)
+{
+	atomic_long_dec(all); atomic_long_dec(&mm->ksm_zero_pages); percpu_counter_inc(&mm->rss_stat[MM_ANONPAGES]);
+}
+
 long ksm_rs_atomic_long_read(const atomic_long_t *value)
 {
 	return atomic_long_read(value);
@@ -382,6 +406,13 @@ struct folio *ksm_rs_pte_migration_folio(pte_t pte)
 	const softleaf_t leaf = softleaf_from_pte(pte);
 
 	return softleaf_is_migration(leaf) ? softleaf_to_folio(leaf) : NULL;
+}
+
+void ksm_rs_await_migration(struct mm_struct *mm, pmd_t *pmd, unsigned long addr)
+{
+#ifdef CONFIG_MIGRATION
+	ksm_rs_migration_entry_wait(mm, pmd, addr);
+#endif
 }
 
 struct task_struct *ksm_rs_next_task(struct task_struct *task)

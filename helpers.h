@@ -43,13 +43,10 @@
 #define pte_mkuffd pte_mkuffd_wp
 #endif
 
-/* A fault that waits for nobody: not for a file system that has the page of a file to bring, nor for userfaultfd. */
-#define KSM_RS_UNSHARE \
-	(FAULT_FLAG_UNSHARE | FAULT_FLAG_REMOTE | FAULT_FLAG_ALLOW_RETRY | FAULT_FLAG_RETRY_NOWAIT)
-
 /* Declared in mm/internal.h and mm/swap.h, which are no part of a kernel's header package. */
 pmd_t *mm_find_pmd(struct mm_struct *mm, unsigned long address);
 void __put_anon_vma(struct anon_vma *anon_vma);
+void folio_add_lru_vma(struct folio *folio, struct vm_area_struct *vma);
 
 /*
  * One line per unexported function that we call: return type, name, parameters, arguments.  Each makes the
@@ -73,6 +70,10 @@ void __put_anon_vma(struct anon_vma *anon_vma);
 		  (struct folio *folio, struct page *page, int nr_pages, struct vm_area_struct *vma, \
 		   unsigned long address, rmap_t flags), \
 		  (folio, page, nr_pages, vma, address, flags)) \
+	VOID_CALL(folio_add_new_anon_rmap, \
+		  (struct folio *folio, struct vm_area_struct *vma, unsigned long address, rmap_t flags), \
+		  (folio, vma, address, flags)) \
+	VOID_CALL(folio_add_lru_vma, (struct folio *folio, struct vm_area_struct *vma), (folio, vma)) \
 	VOID_CALL(folio_remove_rmap_ptes, \
 		  (struct folio *folio, struct page *page, int nr_pages, struct vm_area_struct *vma), \
 		  (folio, page, nr_pages, vma)) \
@@ -81,8 +82,26 @@ void __put_anon_vma(struct anon_vma *anon_vma);
 	VOID_CALL(__put_anon_vma, (struct anon_vma *anon_vma), (anon_vma)) \
 	VOID_CALL(lru_add_drain_all, (void), ()) \
 	CALL(unsigned long long, task_sched_runtime, (struct task_struct *task), (task)) \
+	KSM_RS_UNEXPORTED_MEMCG(CALL) \
+	KSM_RS_UNEXPORTED_MIGRATION(VOID_CALL) \
 	KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL) \
 	KSM_RS_UNEXPORTED_THP(CALL)
+
+#ifdef CONFIG_MEMCG
+#define KSM_RS_UNEXPORTED_MEMCG(CALL) \
+	CALL(int, __mem_cgroup_charge, \
+	     (struct folio *folio, struct mm_struct *mm, gfp_t gfp), (folio, mm, gfp))
+#else
+#define KSM_RS_UNEXPORTED_MEMCG(CALL)
+#endif
+
+#ifdef CONFIG_MIGRATION
+#define KSM_RS_UNEXPORTED_MIGRATION(VOID_CALL) \
+	VOID_CALL(migration_entry_wait, \
+		  (struct mm_struct *mm, pmd_t *pmd, unsigned long address), (mm, pmd, address))
+#else
+#define KSM_RS_UNEXPORTED_MIGRATION(VOID_CALL)
+#endif
 
 #ifdef CONFIG_MMU_NOTIFIER
 #define KSM_RS_UNEXPORTED_NOTIFIER(CALL, VOID_CALL) \
@@ -111,6 +130,9 @@ KSM_RS_UNEXPORTED(KSM_RS_DECLARE, KSM_RS_DECLARE_VOID)
 
 /* A macro with sizeof in it, which bindgen does not evaluate. */
 enum { KSM_RS_KSYM_SYMBOL_LEN = KSYM_SYMBOL_LEN };
+
+/* Flags that bindgen does not evaluate either. */
+enum { KSM_RS_RMAP_EXCLUSIVE = RMAP_EXCLUSIVE };
 
 /* Folios and pages. */
 struct folio *ksm_rs_page_folio(struct page *page);
@@ -141,6 +163,10 @@ bool ksm_rs_page_anon_exclusive(struct page *page);
 bool ksm_rs_page_hwpoison(struct page *page);
 int ksm_rs_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page);
 int ksm_rs_split_huge_page(struct page *page);
+struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long addr, bool zeroed);
+int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm);
+int ksm_rs_copy_mc_user_highpage(struct page *to, struct page *from, unsigned long addr, struct vm_area_struct *vma);
+void ksm_rs_folio_mark_uptodate(struct folio *folio);
 
 /* VMAs and address spaces. */
 bool ksm_rs_vma_mergeable(struct vm_area_struct *vma);
@@ -151,7 +177,6 @@ void ksm_rs_vma_iter_init(struct vma_iterator *vmas, struct mm_struct *mm, unsig
 struct vm_area_struct *ksm_rs_vma_next(struct vma_iterator *vmas);
 bool ksm_rs_mm_tlb_flush_pending(struct mm_struct *mm);
 bool ksm_rs_mmap_lock_contended(struct mm_struct *mm);
-unsigned int ksm_rs_unshare(struct vm_area_struct *vma, unsigned long addr);
 void ksm_rs_flush_cache_page(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn);
 void ksm_rs_get_anon_vma(struct anon_vma *anon_vma);
 void ksm_rs_put_anon_vma(struct anon_vma *anon_vma);
@@ -182,10 +207,12 @@ pte_t ksm_rs_pte_mksoft_dirty(pte_t pte);
 unsigned long ksm_rs_zero_pfn(void);
 pte_t ksm_rs_mk_ksm_zero_pte(struct vm_area_struct *vma, unsigned long addr);
 void ksm_rs_count_zero_page(struct mm_struct *mm, atomic_long_t *all);
+void ksm_rs_uncount_zero_page(struct mm_struct *mm, atomic_long_t *all);
 long ksm_rs_atomic_long_read(const atomic_long_t *value);
 void ksm_rs_set_pte_at(struct mm_struct *mm, unsigned long addr, pte_t *ptep, pte_t pte);
 void ksm_rs_pte_unmap_unlock(pte_t *ptep, spinlock_t *ptl);
 struct folio *ksm_rs_pte_migration_folio(pte_t pte);
+void ksm_rs_await_migration(struct mm_struct *mm, pmd_t *pmd, unsigned long addr);
 
 /* Tasks, the thread, waiting. */
 struct task_struct *ksm_rs_next_task(struct task_struct *task);

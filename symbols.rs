@@ -39,12 +39,18 @@ const FUNCTIONS: &[Function] = functions! {
     pte_offset_map_lock => ksm_rs_bind_pte_offset_map_lock,
     ptep_clear_flush => ksm_rs_bind_ptep_clear_flush,
     folio_add_anon_rmap_ptes => ksm_rs_bind_folio_add_anon_rmap_ptes,
+    folio_add_new_anon_rmap => ksm_rs_bind_folio_add_new_anon_rmap,
+    folio_add_lru_vma => ksm_rs_bind_folio_add_lru_vma,
     folio_remove_rmap_ptes => ksm_rs_bind_folio_remove_rmap_ptes,
     memcmp_pages => ksm_rs_bind_memcmp_pages,
     folio_free_swap => ksm_rs_bind_folio_free_swap,
     __put_anon_vma => ksm_rs_bind___put_anon_vma,
     lru_add_drain_all => ksm_rs_bind_lru_add_drain_all,
     task_sched_runtime => ksm_rs_bind_task_sched_runtime,
+    #[cfg(CONFIG_MEMCG)]
+    __mem_cgroup_charge => ksm_rs_bind___mem_cgroup_charge,
+    #[cfg(CONFIG_MIGRATION)]
+    migration_entry_wait => ksm_rs_bind_migration_entry_wait,
     #[cfg(CONFIG_MMU_NOTIFIER)]
     __mmu_notifier_invalidate_range_start => ksm_rs_bind___mmu_notifier_invalidate_range_start,
     #[cfg(CONFIG_MMU_NOTIFIER)]

@@ -256,6 +256,14 @@ impl PageLock<'_> {
         unsafe { bindings::ksm_rs_folio_mapped(self.page.folio()) }
     }
 
+    /// Gives up the swap space of a folio that no page table maps any more, unless somebody refers to it.
+    pub(super) fn give_up_swap_if_unmapped(&self) {
+        if !self.is_mapped() {
+            // SAFETY: The folio is valid by the invariants of `PageRef`, and locked.
+            unsafe { bindings::ksm_rs_folio_free_swap(self.page.folio()) };
+        }
+    }
+
     /// Says that the contents are needed: reclaim frees a clean anonymous folio without writing it to swap.
     pub(super) fn mark_dirty(&self) {
         let folio = self.page.folio();

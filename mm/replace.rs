@@ -83,31 +83,33 @@ impl<'a> LockedPte<'a> {
         })
     }
 
-    fn get(&self) -> bindings::pte_t {
+    pub(super) fn get(&self) -> bindings::pte_t {
         // SAFETY: Valid by the invariant.
         unsafe { bindings::ksm_rs_ptep_get(self.ptep) }
     }
 
     /// Whether userfaultfd, in its read-write-protect mode, waits for the next access of any kind.
-    fn awaits_access(&self) -> bool {
+    pub(super) fn awaits_access(&self) -> bool {
         let pte = self.get();
         // SAFETY: Plain values.
         unsafe { bindings::ksm_rs_pte_uffd(pte) && bindings::ksm_rs_pte_protnone(pte) }
     }
 
-    /// Whether the entry maps `page` and can be reached by the CPU.
-    fn maps(&self, pte: bindings::pte_t, page: &PageRef) -> bool {
+    /// The page that `pte`, which is what the entry holds and present, maps; null if it is a special one.
+    pub(super) fn normal_page(&self, pte: bindings::pte_t) -> *mut bindings::page {
         // SAFETY: The entry is locked, so the page that it maps stays.
-        unsafe {
-            bindings::ksm_rs_pte_present(pte)
-                && bindings::ksm_rs_vm_normal_page(self.vma.as_ptr(), self.address, pte)
-                    == page.as_ptr()
-        }
+        unsafe { bindings::ksm_rs_vm_normal_page(self.vma.as_ptr(), self.address, pte) }
     }
 
-    /// Empties the entry, which maps `page`, and flushes it from all caches and TLBs; returns what it held.
-    fn clear_and_flush(&self, page: &PageLock<'_>) -> bindings::pte_t {
-        let (vma, pfn) = (self.vma.as_ptr(), page.page().pfn());
+    /// Whether the entry maps `page` and can be reached by the CPU.
+    fn maps(&self, pte: bindings::pte_t, page: &PageRef) -> bool {
+        // SAFETY: A plain value.
+        unsafe { bindings::ksm_rs_pte_present(pte) && self.normal_page(pte) == page.as_ptr() }
+    }
+
+    /// Empties the entry, which maps the page of frame `pfn`, and flushes it from all caches and TLBs; returns what it held.
+    pub(super) fn clear_and_flush(&self, pfn: usize) -> bindings::pte_t {
+        let vma = self.vma.as_ptr();
         // SAFETY: Valid and locked by the invariant.
         unsafe {
             bindings::ksm_rs_flush_cache_page(vma, self.address, pfn);
@@ -115,12 +117,26 @@ impl<'a> LockedPte<'a> {
         }
     }
 
+    /// `new` with the marks of `old` that belong to the mapping, not to the page that it shows.
+    pub(super) fn with_marks_of(old: bindings::pte_t, mut new: bindings::pte_t) -> bindings::pte_t {
+        // SAFETY: Plain values.
+        unsafe {
+            if bindings::ksm_rs_pte_uffd(old) {
+                new = bindings::ksm_rs_pte_mkuffd(new);
+            }
+            if bindings::ksm_rs_pte_soft_dirty(old) {
+                new = bindings::ksm_rs_pte_mksoft_dirty(new);
+            }
+        }
+        new
+    }
+
     /// Fills the empty entry.
     ///
     /// # Safety
     ///
     /// A page that `pte` maps must be accounted for this mapping: its reference, its mapcount.
-    unsafe fn set(&self, pte: bindings::pte_t) {
+    pub(super) unsafe fn set(&self, pte: bindings::pte_t) {
         // SAFETY: Valid and locked by the invariant; the rest is the caller's promise.
         unsafe { bindings::ksm_rs_set_pte_at(self.vma.mm(), self.address, self.ptep, pte) };
     }
@@ -154,28 +170,20 @@ impl Protected<'_> {
     /// # Safety
     ///
     /// What `new` maps must be equal to the page, and accounted for this mapping.
-    pub(super) unsafe fn exchange(mut self, mut new: bindings::pte_t) {
+    pub(super) unsafe fn exchange(mut self, new: bindings::pte_t) {
         let (raw, folio) = (self.page.page().as_ptr(), self.page.page().folio());
+        let new = LockedPte::with_marks_of(self.protected, new);
         // SAFETY: The entry is locked. The page loses the reference and the mapcount of its mapping after the entry is
         // flushed; the reference behind the folio lock keeps its folio.
         unsafe {
-            // These belong to the mapping, not to the page that it shows.
-            if bindings::ksm_rs_pte_uffd(self.protected) {
-                new = bindings::ksm_rs_pte_mkuffd(new);
-            }
-            if bindings::ksm_rs_pte_soft_dirty(self.protected) {
-                new = bindings::ksm_rs_pte_mksoft_dirty(new);
-            }
             if !self.emptied {
-                self.entry.clear_and_flush(self.page);
+                self.entry.clear_and_flush(self.page.page().pfn());
             }
             self.entry.set(new);
             // INVARIANT: The place is not empty any more, and not to be filled by `drop()`.
             self.emptied = false;
             bindings::ksm_rs_folio_remove_rmap_ptes(folio, raw, 1, self.entry.vma.as_ptr());
-            if !bindings::ksm_rs_folio_mapped(folio) {
-                bindings::ksm_rs_folio_free_swap(folio);
-            }
+            self.page.give_up_swap_if_unmapped();
             bindings::ksm_rs_folio_put(folio);
         }
     }
@@ -237,7 +245,7 @@ impl Vma<'_> {
             let swap_cache = i32::from(bindings::ksm_rs_folio_test_swapcache(folio));
             // get_user_pages_fast() takes no lock. It cannot find the page once the entry is empty and flushed, so
             // whoever got a reference before shows in the count now, and nobody can get one after.
-            let old = entry.clear_and_flush(page);
+            let old = entry.clear_and_flush(page.page().pfn());
             let expected = bindings::ksm_rs_folio_mapcount(folio)
                 .wrapping_add(1)
                 .wrapping_add(swap_cache);

@@ -169,7 +169,7 @@ static KSM_PAGE_OPS: WalkOps = walk_ops(ksm_page_pmd_entry);
 /// # Safety
 ///
 /// `page` must be null or mapped by a page table entry whose lock the caller holds.
-unsafe fn anon_page(page: *mut bindings::page) -> Option<PageRef> {
+pub(super) unsafe fn anon_page(page: *mut bindings::page) -> Option<PageRef> {
     let page = NonNull::new(page)?;
     // SAFETY: The entry that maps the page holds a reference on its folio, and cannot go away as long as its
     // lock is held.

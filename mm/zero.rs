@@ -31,9 +31,14 @@ pub(crate) unsafe fn bind(address: usize) {
     ALL.store(address, Relaxed);
 }
 
+/// The core's count; null before [`bind`].
+pub(super) fn counter() -> *mut bindings::atomic_long_t {
+    ALL.load(Relaxed) as *mut bindings::atomic_long_t
+}
+
 /// How many mappings of the zero page there are that were made for KSM.
 pub(crate) fn count() -> isize {
-    let all = ALL.load(Relaxed) as *const bindings::atomic_long_t;
+    let all = counter();
     if all.is_null() {
         return 0;
     }
@@ -58,7 +63,7 @@ impl Vma<'_> {
         page: &PageLock<'_>,
     ) -> Result<(), NotMerged> {
         Self::check(page)?;
-        let all = ALL.load(Relaxed) as *mut bindings::atomic_long_t;
+        let all = counter();
         if all.is_null() {
             return Err(NotMerged::Busy);
         }

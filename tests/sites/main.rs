@@ -24,10 +24,11 @@ use clap::Subcommand;
 use crate::source::Site;
 
 /// Functions of the core that fail for want of memory.
-pub const NEED_MEMORY: [&str; 6] = [
+pub const NEED_MEMORY: [&str; 7] = [
     "kobject_create_and_add",
     "ksm_rs_kthread_run",
-    "ksm_rs_unshare",
+    "ksm_rs_mem_cgroup_charge",
+    "ksm_rs_vma_alloc_folio",
     "sysfs_create_group",
     "sysfs_create_link",
     "tracepoint_probe_register",
