@@ -1,5 +1,7 @@
 //! Whatever an address space goes through, against merging in it and against what is known of it.
 
+use std::fs;
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -12,6 +14,8 @@ use ksm_e2e::delays::rounds;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::MERGE;
 use ksm_e2e::memory::Mapping;
+use ksm_e2e::memory::PAGE;
+use ksm_e2e::slow_file::SlowFile;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 
@@ -33,6 +37,7 @@ ksm_e2e::tests![
     mremap_against_make_ksm,
     fork_against_a_merge,
     fork_against_unmerge,
+    dontneed_against_unmerge,
     prctl_against_a_merge,
 ];
 
@@ -358,6 +363,44 @@ fn fork_against_unmerge(ksm: &Ksm) -> Result<()> {
         ksm.expect(Counters::merged(0, 0))?;
         ensure!(ksm.read("run")? != MERGE, "scanning goes on");
         drop((child, left));
+    }
+    hits.expect(rounds())
+}
+
+/// A page of a file's private mapping goes just as it is to be unmerged: it must not be asked for again, as the file system
+/// may take for ever.
+fn dontneed_against_unmerge(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    let mut file = SlowFile::mount()?;
+    let (mut child, mut writer) = (Child::spawn()?, Child::spawn()?);
+    scan_briskly(ksm)?;
+    // With that the kernel knows how long it is.
+    fs::metadata(file.path()).context("the slow file")?;
+    for _ in 0..rounds() {
+        let region = child.map_file(file.path(), 2)?;
+        for address in region.addresses() {
+            child.begin_write(address, &CONTENT.page(0).bytes())?;
+            file.wait_for_read()?;
+            file.answer(&[0; PAGE])?;
+            child.finish_timed()?;
+        }
+        // With that the kernel forgets what it has read of the file.
+        File::open(file.path()).context("the slow file")?;
+        advise(&mut child, region)?;
+        ksm.start()?;
+        ksm.scan_until(Counters::merged(1, 1))?;
+        let window = hits.hold("unsharing")?;
+        writer.begin_write_file(ksm.dir().join("run"), "2")?;
+        window.wait()?;
+        child.advise(region.part(0, 1), libc::MADV_DONTNEED)?;
+        window.hit()?;
+        writer
+            .finish_write()?
+            .context("run=2, which may have waited for the file")?;
+        ksm.expect(Counters::merged(0, 0))?;
+        ensure!(child.ksm_pages(region)? == 0, "pages are still merged");
+        child.verify(region.part(1, 1), CONTENT)?;
+        child.munmap(region)?;
     }
     hits.expect(rounds())
 }
