@@ -615,10 +615,6 @@ impl Engine {
         self.in_place(id, |vma, address, page| {
             let lock = page.try_lock().ok_or(NotMerged::Busy)?;
             if self.scope != Scope::Global && !page.is_large() && !lock.is_alone() {
-                if !lock.is_mapped() {
-                    // Given up meanwhile: there is nothing to copy, and a fault would make a page.
-                    return Err(NotMerged::Gone);
-                }
                 // Relatives have it by a fork, maybe in other domains. They keep it; the next pass merges a copy.
                 drop(lock);
                 drop(page);
