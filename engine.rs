@@ -116,12 +116,6 @@ pub(crate) struct Engine {
     /// When the pass began, or the last one if none is going on.
     pub(crate) pass_start: PassStart,
     pub(crate) advisor: Advisor,
-    /// Stable nodes without a known mapping, to be dropped once their page is gone.
-    pub(crate) orphans: KVVec<Id>,
-    /// How many of them, from the first one on, have been looked at and stay.
-    pub(crate) swept: usize,
-    /// An orphan could not be noted for want of memory: all nodes must be looked at.
-    pub(crate) orphan_missed: bool,
     /// Most mappings of one KSM page, but for those that a fork makes. Changes only while there is none.
     pub(crate) max_page_sharing: u32,
     /// Which round of unmerging is going on; see [`MmSlot::unmerged`](crate::slots::MmSlot::unmerged).
@@ -148,9 +142,6 @@ impl Engine {
             cpu: 0,
             pass_start: PassStart::now(0, false),
             advisor: Advisor::default(),
-            orphans: KVVec::new(),
-            swept: 0,
-            orphan_missed: false,
             max_page_sharing: MAX_PAGE_SHARING,
             round: 0,
             merge_across_nodes: true,
@@ -251,7 +242,7 @@ impl Engine {
         if unused {
             self.drop_node(node_id);
         } else if empty {
-            self.note_orphan(node_id);
+            self.stable.list_orphan(node_id);
         }
     }
 
@@ -404,68 +395,36 @@ impl Engine {
     /// Looks at stable nodes without mappings, `most` at the most, and drops those whose pages are gone by now; the next
     /// call goes on where this one ends. Returns whether all have been looked at. Sleeps.
     pub(crate) fn sweep_orphans(&mut self, most: usize) -> bool {
-        if core::mem::take(&mut self.orphan_missed) {
-            self.find_orphans();
-        }
         for _ in 0..most {
-            let Some(id) = self.orphans.get(self.swept).copied() else {
-                self.swept = 0;
+            let Some(id) = self.stable.next_orphan() else {
                 return true;
             };
-            // Ids are used again: an orphan may have found mappings, or be another node by now.
             let node = self.stable.node(id);
-            let empty = node.is_some_and(|node| node.sharers() == 0);
-            if empty && !self.drop_if_unused(id) {
-                self.swept = self.swept.saturating_add(1);
-                continue;
-            }
-            self.stable.set_orphan(id, false);
-            // The last one takes its place, unless it is the last one.
-            if let (Some(last), Some(place)) =
-                (self.orphans.pop(), self.orphans.get_mut(self.swept))
-            {
-                *place = last;
+            if node.is_some_and(|node| node.sharers() == 0) {
+                self.drop_if_unused(id);
+            } else {
+                self.stable.unlist_orphan(id);
             }
         }
         false
     }
 
-    /// Notes that a stable node has no mapping any more that is known.
-    fn note_orphan(&mut self, id: Id) {
-        if !self.stable.set_orphan(id, true) && self.orphans.push(id, GFP_KERNEL).is_err() {
-            self.stable.set_orphan(id, false);
-            self.orphan_missed = true;
-        }
-    }
-
-    /// Notes all orphans, after one could not be for want of memory.
-    fn find_orphans(&mut self) {
-        let mut at = self.stable.first();
-        while let Some(id) = at {
-            at = self.stable.next(id);
-            if self.stable.node(id).is_some_and(|node| node.sharers() == 0) {
-                self.note_orphan(id);
-            }
-        }
-    }
-
     /// Drops a stable node if its page is gone or no page table maps it any more. Sleeps.
-    pub(crate) fn drop_if_unused(&mut self, id: Id) -> bool {
+    fn drop_if_unused(&mut self, id: Id) {
         let Some(node) = self.stable.node_mut(id) else {
-            return true;
+            return;
         };
         if let Some(page) = node.page() {
             let lock = page.lock();
-            if node.sharers() != 0 || !node.release(&lock) {
-                return false;
-            }
+            let unused = node.sharers() == 0 && node.release(&lock);
             drop(lock);
-            self.drop_node(id);
+            if unused {
+                self.drop_node(id);
+            }
         } else {
             self.retire(id);
         }
         mm::breathe();
-        true
     }
 }
 

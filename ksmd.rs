@@ -228,7 +228,7 @@ impl Ksm {
             }
             undone?;
             // Or pages of somebody's who has nothing to do with us would keep knobs from being changed for ever.
-            self.engine().engine.disown_orphans();
+            while !self.engine().engine.disown_orphans(BATCH_PAGES) {}
         }
         self.registry.bell().ring();
         Ok(())
@@ -238,12 +238,10 @@ impl Ksm {
     #[cfg(CONFIG_NUMA)]
     pub(crate) fn set_merge_across_nodes(&self, across: bool) -> Result {
         let _control = self.control.lock();
-        let mut guard = self.engine();
-        if guard.engine.merge_across_nodes != across {
-            self.no_stable_nodes(&mut guard.engine)?;
-            guard.engine.merge_across_nodes = across;
+        if self.engine().engine.merge_across_nodes == across {
+            return Ok(());
         }
-        Ok(())
+        self.without_nodes(|engine| engine.merge_across_nodes = across)
     }
 
     /// Whose pages are merged with whose. Sleeps.
@@ -263,12 +261,10 @@ impl Ksm {
             return Err(series::not_supported());
         }
         let _control = self.control.lock();
-        let mut guard = self.engine();
-        if guard.engine.scope != scope {
-            self.no_stable_nodes(&mut guard.engine)?;
-            guard.engine.scope = scope;
+        if self.engine().engine.scope == scope {
+            return Ok(());
         }
-        Ok(())
+        self.without_nodes(|engine| engine.scope = scope)
     }
 
     /// Carries out a write to `max_page_sharing`. Sleeps. `Err(EBUSY)`: pages are shared.
@@ -277,12 +273,10 @@ impl Ksm {
             return Ok(());
         }
         let _control = self.control.lock();
-        let mut guard = self.engine();
-        if guard.engine.max_page_sharing == limit {
+        if self.engine().engine.max_page_sharing == limit {
             return Ok(());
         }
-        self.no_stable_nodes(&mut guard.engine)?;
-        guard.engine.max_page_sharing = limit;
+        self.without_nodes(|engine| engine.max_page_sharing = limit)?;
         self.knobs.set_max_page_sharing(limit);
         Ok(())
     }
@@ -319,11 +313,29 @@ impl Ksm {
         Ok(())
     }
 
-    fn no_stable_nodes(&self, engine: &mut Engine) -> Result {
-        if self.stats.pages_shared.get() != 0 || engine.drop_stable_nodes() {
+    /// Changes a rule that no stable node may have been made by. `Err(EBUSY)`: there is one. Sleeps.
+    fn without_nodes(&self, change: impl FnOnce(&mut Engine)) -> Result {
+        if self.stats.pages_shared.get() != 0 {
             return Err(EBUSY);
         }
+        self.drop_unused_nodes();
+        let mut guard = self.engine();
+        if !guard.engine.stable.is_empty() {
+            return Err(EBUSY);
+        }
+        change(&mut guard.engine);
         Ok(())
+    }
+
+    /// Drops the stable nodes whose pages are not mapped any more. Returns whether none is left. Sleeps.
+    fn drop_unused_nodes(&self) -> bool {
+        self.engine().engine.stable.restart_sweep();
+        loop {
+            let mut guard = self.engine();
+            if guard.engine.sweep_orphans(BATCH_PAGES) {
+                return guard.engine.stable.is_empty();
+            }
+        }
     }
 
     /// Gives every merged page of every address space a page of its own. Sleeps.
@@ -358,10 +370,9 @@ impl Ksm {
             }
             mm::breathe();
         }
-        let mut guard = self.engine();
-        guard.engine.drop_stable_nodes();
+        self.drop_unused_nodes();
         if result.is_ok() {
-            guard.engine.start_over();
+            self.engine().engine.start_over();
         }
         result
     }
@@ -531,7 +542,7 @@ impl Ksm {
             while self.registry.has_dead() {
                 self.bury_some();
             }
-            if !self.engine().engine.drop_stable_nodes() && undone.is_ok() {
+            if self.drop_unused_nodes() && undone.is_ok() {
                 break;
             }
             if left == 0 || kthread::killed() {
@@ -539,7 +550,10 @@ impl Ksm {
             }
             fsleep(UNLOAD_PAUSE);
         }
-        let left = self.engine().engine.disown_stable_nodes();
+        let mut left = 0usize;
+        while let Some(pages) = self.engine().engine.disown_some(BATCH_PAGES) {
+            left = left.saturating_add(pages);
+        }
         if left > 0 {
             pr_warn!(
                 "{left} KSM pages could not be unmerged, as there is no memory or a process hangs in its exit; they stay shared until they are written to\n"

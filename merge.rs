@@ -570,6 +570,10 @@ impl Engine {
         if let Err(rmap) = second {
             self.undo(id, rmap);
         }
+        let node = self.stable.node(node_id);
+        if node.is_some_and(|node| node.sharers() == 0) {
+            self.stable.list_orphan(node_id);
+        }
         Ok(())
     }
 

@@ -50,8 +50,10 @@ pub(crate) struct StableEntry {
     key: u64,
     /// The only one whose pages it is mapped in the place of.
     domain: Domain,
-    /// It stands in the engine's list of orphans.
+    /// It stands in the list of orphans, between these two.
     orphan: bool,
+    before: Id,
+    behind: Id,
     /// The structure that the core reads; `None` only in an empty record.
     node: Option<StableNode>,
 }
@@ -81,6 +83,10 @@ pub(crate) struct StableTree {
     entries: Arena<StableEntry>,
     /// One for each NUMA node; only the first is used if pages merge across nodes.
     forests: KVec<Forest>,
+    /// The first node of the list of those without any mapping that is known.
+    orphans: Id,
+    /// The node of that list which comes next in the sweep that is going on.
+    unswept: Option<Id>,
     /// Where nodes with the same contents are counted.
     stats: Arc<Stats>,
 }
@@ -91,6 +97,8 @@ impl StableTree {
         Ok(Self {
             entries: Arena::new(),
             forests: forest_per_node()?,
+            orphans: Id::NIL,
+            unswept: None,
             stats,
         })
     }
@@ -113,10 +121,61 @@ impl StableTree {
         }
     }
 
-    /// Notes whether a node stands in the engine's list of orphans. Returns whether it did.
-    pub(crate) fn set_orphan(&mut self, id: Id, orphan: bool) -> bool {
-        let entry = self.entries.get_mut(id);
-        entry.is_some_and(|entry| core::mem::replace(&mut entry.orphan, orphan))
+    /// Lists a node as an orphan: it has no mapping any more that is known. A sweep that is going on does not come to it.
+    pub(crate) fn list_orphan(&mut self, id: Id) {
+        let first = self.orphans;
+        let Some(entry) = self.entries.get_mut(id).filter(|entry| !entry.orphan) else {
+            return;
+        };
+        entry.orphan = true;
+        entry.before = Id::NIL;
+        entry.behind = first;
+        if let Some(entry) = self.entries.get_mut(first) {
+            entry.before = id;
+        }
+        self.orphans = id;
+    }
+
+    /// Takes a node off the list of orphans, if it is there.
+    pub(crate) fn unlist_orphan(&mut self, id: Id) {
+        let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.orphan) else {
+            return;
+        };
+        entry.orphan = false;
+        let (before, behind) = (entry.before, entry.behind);
+        match self.entries.get_mut(before) {
+            Some(entry) => entry.behind = behind,
+            None => self.orphans = behind,
+        }
+        if let Some(entry) = self.entries.get_mut(behind) {
+            entry.before = before;
+        }
+        if self.unswept == Some(id) {
+            self.unswept = Some(behind);
+        }
+    }
+
+    /// The orphan that was listed last.
+    pub(crate) fn first_orphan(&self) -> Option<Id> {
+        (!self.orphans.is_nil()).then_some(self.orphans)
+    }
+
+    /// The next orphan of a sweep over all of them, which begins if none is going on. `None`: that was all, and the sweep is
+    /// over.
+    pub(crate) fn next_orphan(&mut self) -> Option<Id> {
+        let id = self.unswept.unwrap_or(self.orphans);
+        self.unswept = self.entries.get(id).map(|entry| entry.behind);
+        self.unswept.map(|_| id)
+    }
+
+    /// Lets the sweep that is going on begin again.
+    pub(crate) fn restart_sweep(&mut self) {
+        self.unswept = None;
+    }
+
+    /// Whether there is no node.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.first().is_none()
     }
 
     /// Puts a prepared node into the forest of `nid`, for pages of `domain`, of which `hash` is one.
@@ -132,6 +191,7 @@ impl StableTree {
     /// Takes a node out for good, whether planted or only prepared. The caller drops it.
     pub(crate) fn remove(&mut self, id: Id) -> Option<StableNode> {
         self.uproot(id);
+        self.unlist_orphan(id);
         self.entries.remove(id)?.node
     }
 

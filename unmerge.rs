@@ -5,10 +5,10 @@
 #![forbid(unsafe_code)]
 
 use crate::{
+    arena::Id,
     engine::Engine,
     mm::{
         hotplug::OfflineRange,
-        node::StableNode,
         space::Next,
         walk::{
             BATCH_PAGES,
@@ -115,44 +115,47 @@ impl Engine {
         true
     }
 
-    /// Drops all stable nodes whose pages are not mapped any more. Returns whether any is left. Sleeps.
-    pub(crate) fn drop_stable_nodes(&mut self) -> bool {
-        let mut left = false;
-        let mut at = self.stable.first();
-        while let Some(id) = at {
-            at = self.stable.next(id);
-            left |= !self.drop_if_unused(id);
-        }
-        left
-    }
-
-    /// Parts with all nodes, mapped or not, for unload. Returns how many had a page. Sleeps.
-    pub(crate) fn disown_stable_nodes(&mut self) -> usize {
-        self.disown_those(|_| true)
-    }
-
-    /// Parts with the nodes that have no mapping any more that is known. Where their pages are still mapped, in memory that
-    /// is none of ours or that could not be copied, they stay KSM pages that belong to nobody. Sleeps.
-    pub(crate) fn disown_orphans(&mut self) {
-        self.disown_those(|node| node.sharers() == 0);
-    }
-
-    fn disown_those(&mut self, which: impl Fn(&StableNode) -> bool) -> usize {
+    /// Parts with nodes, mapped or not, `most` at the most, for unload. Returns how many had a page still; `None`: there is no node
+    /// left. Sleeps.
+    pub(crate) fn disown_some(&mut self, most: usize) -> Option<usize> {
+        self.stable.first()?;
         let mut pages = 0usize;
-        let mut at = self.stable.first();
-        while let Some(id) = at {
-            at = self.stable.next(id);
-            let Some(node) = self.stable.node_mut(id).filter(|node| which(node)) else {
-                continue;
-            };
-            if let Some(page) = node.page() {
-                let lock = page.lock();
-                node.disown(&lock);
-                pages = pages.saturating_add(1);
-            }
-            self.retire(id);
+        for _ in 0..most {
+            let Some(id) = self.stable.first() else { break };
+            pages = pages.saturating_add(usize::from(self.disown(id)));
         }
-        pages
+        Some(pages)
+    }
+
+    /// Parts with nodes that have no mapping any more that is known, `most` at the most. Where their pages are still mapped,
+    /// in memory that is none of ours or that could not be copied, they stay KSM pages that belong to nobody. Returns whether
+    /// none is left. Sleeps.
+    pub(crate) fn disown_orphans(&mut self, most: usize) -> bool {
+        for _ in 0..most {
+            let Some(id) = self.stable.first_orphan() else {
+                return true;
+            };
+            let node = self.stable.node(id);
+            if node.is_some_and(|node| node.sharers() == 0) {
+                self.disown(id);
+            } else {
+                self.stable.unlist_orphan(id);
+            }
+        }
+        false
+    }
+
+    /// Parts with a node. Returns whether it had a page. Sleeps.
+    fn disown(&mut self, id: Id) -> bool {
+        let mut mapped = false;
+        if let Some(node) = self.stable.node_mut(id) {
+            if let Some(page) = node.page() {
+                node.disown(&page.lock());
+                mapped = true;
+            }
+        }
+        self.retire(id);
+        mapped
     }
 
     /// Frees what is known of the address spaces from `at` on, a batch of it; moves `at` on. Returns whether nothing is left.

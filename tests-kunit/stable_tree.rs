@@ -98,6 +98,50 @@ mod tests {
     }
 
     #[test]
+    fn a_sweep_comes_to_each_orphan_once_whatever_goes_meanwhile() -> Result {
+        let mut tree = empty_tree()?;
+        assert!(tree.first_orphan().is_none() && tree.next_orphan().is_none());
+        let mut nodes = KVec::new();
+        for seed in 1..=5 {
+            let id = planted(&mut tree, ContentHash::new(seed << 32))?;
+            nodes.push(id, GFP_KERNEL)?;
+            // Said twice, as it may be.
+            tree.list_orphan(id);
+            tree.list_orphan(id);
+        }
+        let [one, two, three, four, five] = nodes[..] else {
+            return Err(EINVAL);
+        };
+        for _ in 0..2 {
+            for id in [five, four, three, two, one] {
+                assert!(tree.next_orphan() == Some(id));
+            }
+            assert!(tree.next_orphan().is_none());
+        }
+        // The one that is next, the one before, the first and the last go; a new one comes.
+        assert!(tree.next_orphan() == Some(five) && tree.next_orphan() == Some(four));
+        tree.unlist_orphan(three);
+        drop(tree.remove(four));
+        tree.list_orphan(three);
+        assert!(tree.next_orphan() == Some(two));
+        drop(tree.remove(one));
+        assert!(tree.next_orphan().is_none());
+        assert!(tree.first_orphan() == Some(three));
+        drop(tree.remove(three));
+        assert!(tree.next_orphan() == Some(five));
+        tree.restart_sweep();
+        for id in [five, two] {
+            assert!(tree.next_orphan() == Some(id));
+            tree.unlist_orphan(id);
+        }
+        assert!(tree.next_orphan().is_none() && tree.first_orphan().is_none());
+        assert!(!tree.is_empty());
+        drop((tree.remove(five), tree.remove(two)));
+        assert!(tree.is_empty());
+        Ok(())
+    }
+
+    #[test]
     fn nodes_of_the_same_contents_are_counted_as_chains_and_dups() -> Result {
         let stats = Arc::new(Stats::new(), GFP_KERNEL)?;
         let mut tree = StableTree::new(stats.clone())?;
