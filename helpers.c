@@ -188,6 +188,11 @@ void ksm_rs_folio_mark_uptodate(struct folio *folio)
 	__folio_mark_uptodate(folio);
 }
 
+void ksm_rs_count_ksm_copy(void)
+{
+	count_vm_event(COW_KSM);
+}
+
 bool ksm_rs_vma_mergeable(struct vm_area_struct *vma)
 {
 	return (vma->vm_flags & VM_MERGEABLE) && vma->anon_vma;
@@ -363,6 +368,11 @@ bool ksm_rs_pte_soft_dirty(pte_t pte)
 pte_t ksm_rs_pte_mksoft_dirty(pte_t pte)
 {
 	return pte_mksoft_dirty(pte);
+}
+
+pte_t ksm_rs_pte_mkprotnone(pte_t pte)
+{
+	return pte_modify(pte, PAGE_NONE);
 }
 
 unsigned long ksm_rs_zero_pfn(void)

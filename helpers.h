@@ -167,6 +167,7 @@ struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long a
 int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm);
 int ksm_rs_copy_mc_user_highpage(struct page *to, struct page *from, unsigned long addr, struct vm_area_struct *vma);
 void ksm_rs_folio_mark_uptodate(struct folio *folio);
+void ksm_rs_count_ksm_copy(void);
 
 /* VMAs and address spaces. */
 bool ksm_rs_vma_mergeable(struct vm_area_struct *vma);
@@ -204,6 +205,7 @@ bool ksm_rs_pte_uffd(pte_t pte);
 pte_t ksm_rs_pte_mkuffd(pte_t pte);
 bool ksm_rs_pte_soft_dirty(pte_t pte);
 pte_t ksm_rs_pte_mksoft_dirty(pte_t pte);
+pte_t ksm_rs_pte_mkprotnone(pte_t pte);
 unsigned long ksm_rs_zero_pfn(void);
 pte_t ksm_rs_mk_ksm_zero_pte(struct vm_area_struct *vma, unsigned long addr);
 void ksm_rs_count_zero_page(struct mm_struct *mm, atomic_long_t *all);

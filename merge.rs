@@ -276,8 +276,8 @@ impl Engine {
     /// merged, or was forked by one that did. Sleeps.
     fn part(&mut self, id: Id, node_id: Id) {
         self.unshare(id);
-        // It stays if there is no memory for a copy, or if somebody keeps the page from being read: the next pass tries
-        // again, and as long as the mapping is there, the core must find it.
+        // It stays if there is no memory for a copy: the next pass tries again, and as long as the mapping is there, the core
+        // must find it.
         let stays = self.maps_page_of(id, node_id);
         if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
             if stays && self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {

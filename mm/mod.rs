@@ -7,6 +7,8 @@
 //!
 //! - A mapping is only ever changed to another page by [`Vma::replace`] and its like for the zero page, which
 //!   keep everybody from writing, compare all bytes and exchange the PTE by themselves: no caller can make a wrong merge.
+//! - The way back is [`Vma::unshare_page`]: it copies what nobody can write to, as its reference keeps all others from having
+//!   the page for themselves, and exchanges the PTE only if that is still mapped.
 //! - A [`StableNode`] is freed only when no folio points at it, an [`RmapItem`] only when no node lists
 //!   it; both are leaked otherwise, because the core may still read them.
 //! - Page tables are only touched with `mm_users` held ([`Entered`]) and the mmap lock read-locked
@@ -20,6 +22,7 @@
 //! inside `control`, for an instant.
 //!
 //! [`Vma::replace`]: replace
+//! [`Vma::unshare_page`]: unshare
 //! [`StableNode`]: node::StableNode
 //! [`RmapItem`]: node::RmapItem
 //! [`Entered`]: space::Entered

@@ -109,6 +109,15 @@ impl PageRef {
         }
     }
 
+    /// Whether no page table maps the folio any more, but the swap cache has it. A hint, as the folio is not locked.
+    pub(super) fn is_left_to_swap(&self) -> bool {
+        // SAFETY: The folio is valid, see `folio()`.
+        unsafe {
+            bindings::ksm_rs_folio_test_swapcache(self.folio())
+                && !bindings::ksm_rs_folio_mapped(self.folio())
+        }
+    }
+
     /// Whether the memory has gone bad: reading it may bring the machine down.
     pub(crate) fn is_poisoned(&self) -> bool {
         // SAFETY: The page is valid by the invariant.

@@ -89,22 +89,27 @@ impl<'a> LockedPte<'a> {
     }
 
     /// Whether userfaultfd, in its read-write-protect mode, waits for the next access of any kind.
-    pub(super) fn awaits_access(&self) -> bool {
+    fn awaits_access(&self) -> bool {
         let pte = self.get();
         // SAFETY: Plain values.
         unsafe { bindings::ksm_rs_pte_uffd(pte) && bindings::ksm_rs_pte_protnone(pte) }
     }
 
-    /// The page that `pte`, which is what the entry holds and present, maps; null if it is a special one.
-    pub(super) fn normal_page(&self, pte: bindings::pte_t) -> *mut bindings::page {
+    /// The page that the entry maps; null if there is none, or a special one.
+    pub(super) fn page(&self) -> *mut bindings::page {
+        let pte = self.get();
         // SAFETY: The entry is locked, so the page that it maps stays.
-        unsafe { bindings::ksm_rs_vm_normal_page(self.vma.as_ptr(), self.address, pte) }
+        unsafe {
+            if !bindings::ksm_rs_pte_present(pte) {
+                return core::ptr::null_mut();
+            }
+            bindings::ksm_rs_vm_normal_page(self.vma.as_ptr(), self.address, pte)
+        }
     }
 
-    /// Whether the entry maps `page` and can be reached by the CPU.
-    fn maps(&self, pte: bindings::pte_t, page: &PageRef) -> bool {
-        // SAFETY: A plain value.
-        unsafe { bindings::ksm_rs_pte_present(pte) && self.normal_page(pte) == page.as_ptr() }
+    /// Whether the entry maps `page`.
+    fn maps(&self, page: &PageRef) -> bool {
+        self.page() == page.as_ptr()
     }
 
     /// Empties the entry, which maps the page of frame `pfn`, and flushes it from all caches and TLBs; returns what it held.
@@ -126,6 +131,10 @@ impl<'a> LockedPte<'a> {
             }
             if bindings::ksm_rs_pte_soft_dirty(old) {
                 new = bindings::ksm_rs_pte_mksoft_dirty(new);
+            }
+            // It may be userfaultfd that waits for the next access, which is the process's to make.
+            if bindings::ksm_rs_pte_uffd(old) && bindings::ksm_rs_pte_protnone(old) {
+                new = bindings::ksm_rs_pte_mkprotnone(new);
             }
         }
         new
@@ -217,10 +226,10 @@ impl Vma<'_> {
         let raw = page.page().as_ptr();
         let folio = page.page().folio();
         let entry = LockedPte::lock(self, address).ok_or(NotMerged::Gone)?;
-        let pte = entry.get();
-        if !entry.maps(pte, page.page()) {
+        if !entry.maps(page.page()) {
             return Err(NotMerged::Gone);
         }
+        let pte = entry.get();
         if entry.awaits_access() {
             return Err(NotMerged::Busy);
         }

@@ -25,13 +25,16 @@ use kernel::{
     prelude::*, //
 };
 
+/// Times that a page is looked at anew at most after nothing was done about it.
+const MOST_LOOKS: u32 = 3;
+
 /// What an address shows.
 enum Shown {
     /// An anonymous page that the mapping does not have for itself: by a merge, or by a fork.
     Shared(PageRef),
     /// The zero page, where KSM has put it.
     Zero,
-    /// A page that is on its way to another frame.
+    /// An anonymous page that is on its way to another frame.
     Moving,
     /// Nothing that would have to be copied.
     Other,
@@ -40,17 +43,24 @@ enum Shown {
 impl LockedPte<'_> {
     fn shown(&self) -> Shown {
         let pte = self.get();
-        // SAFETY: The entry is locked, so what it maps stays mapped, and has a reference that we may double.
+        // SAFETY: The entry is locked, so what it maps stays mapped, and has a reference that we may double. The folio of a
+        // migration entry is locked and referenced by who moves it, until the entry is replaced under the lock that we hold.
         unsafe {
             if bindings::ksm_rs_pte_is_ksm_zero(pte) {
                 return Shown::Zero;
             }
             if !bindings::ksm_rs_pte_present(pte) {
-                let moving = !bindings::ksm_rs_pte_none(pte)
-                    && !bindings::ksm_rs_pte_migration_folio(pte).is_null();
-                return if moving { Shown::Moving } else { Shown::Other };
+                if bindings::ksm_rs_pte_none(pte) {
+                    return Shown::Other;
+                }
+                let folio = bindings::ksm_rs_pte_migration_folio(pte);
+                // That of a file may wait for a file system.
+                return match !folio.is_null() && bindings::ksm_rs_folio_test_anon(folio) {
+                    true => Shown::Moving,
+                    false => Shown::Other,
+                };
             }
-            let Some(page) = super::walk::anon_page(self.normal_page(pte)) else {
+            let Some(page) = super::walk::anon_page(self.page()) else {
                 return Shown::Other;
             };
             if bindings::ksm_rs_page_anon_exclusive(page.as_ptr()) {
@@ -61,18 +71,34 @@ impl LockedPte<'_> {
     }
 }
 
+/// A page that is to be mapped, for the first time.
+///
+/// # Invariants
+///
+/// The folio is small, new, charged to the cgroup of the address space that it is for, and up to date. Nothing maps it, and
+/// nobody else knows it.
+struct Fresh(PageRef);
+
 impl Vma<'_> {
     /// Gives every mapping of a KSM page in `[from, to)` a private copy. Sleeps.
     ///
-    /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and those that userfaultfd keeps from
-    /// being read. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
+    /// Left as they are, as stock leaves them, are pages whose memory has gone bad. `Err(ENOMEM)`: there was no memory for a
+    /// copy; some pages may be left merged.
     pub(crate) fn unshare(&self, from: usize, to: usize) -> Result {
         let mut address = from;
+        let mut looks = 0u32;
         while let Some(at) = self.next_ksm_page(address, to) {
-            // What has changed meanwhile may be a KSM page still, so the same address is looked at again.
+            if at != address {
+                looks = 0;
+            }
             address = at;
             delay::at(Point::Unsharing);
-            if !self.unshare_page(at)? {
+            // What has changed meanwhile may be a KSM page still, so the same address is looked at again.
+            looks = match self.unshare_page(at)? {
+                true => 0,
+                false => looks.saturating_add(1),
+            };
+            if looks >= MOST_LOOKS {
                 address = at.wrapping_add(PAGE_SIZE);
             }
             super::breathe();
@@ -81,23 +107,15 @@ impl Vma<'_> {
     }
 
     /// Gives the mapping at `address`, which lies in the VMA, a page that it shares with nobody, neither by a merge nor by
-    /// a fork. Where something else is mapped, or the page is on its way to another frame, which is waited for, nothing is
-    /// done. `false`: it is no use to try again now, as the memory has gone bad, or userfaultfd keeps it from being
-    /// read. Sleeps.
+    /// a fork. A page that is on its way to another frame is waited for, and is as shared as before then. `false`:
+    /// nothing was done, as something else is mapped, or the memory has gone bad. Sleeps.
     ///
     /// `Err(ENOMEM)`: there was no memory for a copy.
     pub(crate) fn unshare_page(&self, address: usize) -> Result<bool> {
         if address < self.start() || address >= self.end() {
             return Ok(false);
         }
-        let Some(entry) = LockedPte::lock(self, address) else {
-            return Ok(true);
-        };
-        if entry.awaits_access() {
-            return Ok(false);
-        }
-        let shown = entry.shown();
-        drop(entry);
+        let shown = LockedPte::lock(self, address).map_or(Shown::Other, |entry| entry.shown());
         let original = match shown {
             Shown::Shared(page) => Some(page),
             Shown::Zero => None,
@@ -105,24 +123,23 @@ impl Vma<'_> {
                 self.await_migration(address);
                 return Ok(true);
             }
-            Shown::Other => return Ok(true),
+            Shown::Other => return Ok(false),
         };
         let Some(copy) = self.copy(address, original.as_ref())? else {
             return Ok(false);
         };
-        self.map_copy(address, original.as_ref(), &copy);
-        Ok(true)
+        Ok(self.map_copy(address, original.as_ref(), copy))
     }
 
-    /// A copy of `original`, which nobody can write to: it is shared. Without one, an empty page. `None`: the memory has gone
-    /// bad. Sleeps.
-    fn copy(&self, address: usize, original: Option<&PageRef>) -> Result<Option<PageRef>> {
+    /// A copy of `original`; without one, an empty page. `None`: the memory has gone bad. Sleeps.
+    fn copy(&self, address: usize, original: Option<&PageRef>) -> Result<Option<Fresh>> {
         if original.is_some_and(PageRef::is_poisoned) {
             return Ok(None);
         }
         let zeroed = original.is_none();
         // SAFETY: The mmap lock is held, so VMA and mm are valid. What is allocated has one reference, which we own, and
-        // nobody else knows it.
+        // nobody else knows it. The original is valid by its reference; if somebody wrote to it, the copy would be of no use,
+        // but that is for `map_copy()` to say.
         unsafe {
             let folio = bindings::ksm_rs_vma_alloc_folio(self.as_ptr(), address, zeroed);
             if folio.is_null() {
@@ -139,33 +156,37 @@ impl Vma<'_> {
                 if left != 0 {
                     return Ok(None);
                 }
+                if original.is_ksm() {
+                    // Where the core counts its own copies of KSM pages.
+                    bindings::ksm_rs_count_ksm_copy();
+                }
             }
             // What was written to the page comes before everything that can be seen of it from now on.
             bindings::ksm_rs_folio_mark_uptodate(folio);
-            Ok(Some(copy))
+            // INVARIANT: Just made.
+            Ok(Some(Fresh(copy)))
         }
     }
 
-    /// Maps `copy` in the place of `original`, or of the zero page without one, unless something else is mapped there by
+    /// Maps `copy` in the place of `original`, or of the zero page without one. `false`: something else is mapped there by
     /// now. Sleeps.
-    fn map_copy(&self, address: usize, original: Option<&PageRef>, copy: &PageRef) {
+    fn map_copy(&self, address: usize, original: Option<&PageRef>, copy: Fresh) -> bool {
         let notified = Notified::start(self, address);
         let Some(entry) = LockedPte::lock(self, address) else {
-            return;
+            return false;
         };
-        if entry.awaits_access() {
-            return;
-        }
         match (entry.shown(), original) {
             (Shown::Shared(page), Some(original)) if page.is(original) => {}
             (Shown::Zero, None) => {}
-            _ => return,
+            _ => return false,
         }
         let pfn = original.map_or_else(zero::pfn, PageRef::pfn);
-        // SAFETY: The entry is locked and maps the original still, which nobody could write to since it was copied: a page
-        // that is not exclusive is copied by whoever wants to write. The copy is new, so its folio is small and in nobody's
-        // hands; it gets the reference and the mapcount of its mapping before it is mapped. The VMA has an anon_vma, as
-        // all mergeable ones. The original loses its own after the entry is flushed.
+        let copy = copy.0;
+        // SAFETY: The entry is locked. It maps the original, as it did when our reference on that was taken, which was before
+        // it was copied. A page that is not exclusive is written to only by who finds that nobody else has a reference, and
+        // makes it exclusive; a KSM page by nobody. So since then it was neither written to nor moved. The copy gets the
+        // reference and the mapcount of its mapping before it is mapped, in a VMA that has an anon_vma, as all mergeable ones.
+        // The original loses its own after the entry is flushed.
         unsafe {
             let old = entry.clear_and_flush(pfn);
             let folio = copy.folio();
@@ -186,9 +207,12 @@ impl Vma<'_> {
         }
         drop(entry);
         drop(notified);
-        if let Some(lock) = original.and_then(PageRef::try_lock) {
-            lock.give_up_swap_if_unmapped();
+        if let Some(original) = original.filter(|original| original.is_left_to_swap()) {
+            if let Some(lock) = original.try_lock() {
+                lock.give_up_swap_if_unmapped();
+            }
         }
+        true
     }
 
     /// Waits until the page mapped at `address` has arrived at another frame, or is back where it was. Sleeps.

@@ -18,7 +18,6 @@ use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
 use ksm_e2e::memory::Pattern;
 use ksm_e2e::memory::Timing;
-use ksm_e2e::numa;
 use ksm_e2e::procfs;
 use ksm_e2e::procfs::Pfn;
 use ksm_e2e::swap::Group;
@@ -31,6 +30,7 @@ use ksm_e2e::world::Shape;
 use nix::errno::Errno;
 
 use crate::stock_results::live;
+use crate::userfault;
 
 ksm_e2e::tests![
     the_file_shows_a_choice_and_takes_a_name,
@@ -40,7 +40,7 @@ ksm_e2e::tests![
     a_process_that_moves_to_another_cgroup_leaves_its_pages,
     a_process_with_rights_of_two_users_keeps_to_itself,
     a_process_with_secrets_from_its_user_keeps_to_itself,
-    a_page_that_may_not_be_read_leaves_later,
+    pages_that_may_not_be_read_leave_too,
     a_page_that_waits_for_its_like_may_change_its_domain,
     a_child_parts_from_its_parents_merged_pages,
     pages_of_a_fork_are_not_merged_for_a_relative,
@@ -375,10 +375,10 @@ fn a_process_with_secrets_from_its_user_keeps_to_itself(ksm: &Ksm) -> Result<()>
     secretive.verify(secret, CONTENT)
 }
 
-/// Userfaultfd keeps a merged page of this process from being read, and so from being copied, when the process leaves the
-/// domain: as long as it is mapped, the core must find it.
-fn a_page_that_may_not_be_read_leaves_later(ksm: &Ksm) -> Result<()> {
-    let Some(watcher) = Userfault::open_for_protection()? else {
+/// Userfaultfd waits for the next access to merged pages of this process, which leaves the domain: the pages leave with it,
+/// which is no access of its own.
+fn pages_that_may_not_be_read_leave_too(ksm: &Ksm) -> Result<()> {
+    let Some(mut watcher) = Userfault::open_for_protection()? else {
         // A kernel without this kind of protection has no such pages.
         return Ok(());
     };
@@ -394,31 +394,16 @@ fn a_page_that_may_not_be_read_leaves_later(ksm: &Ksm) -> Result<()> {
     watcher.watch(region, Watch::Protected)?;
     watcher.protect(region, true)?;
     nix::sys::prctl::set_dumpable(false)?;
-    ksm.scan_passes(4)?;
-    ksm.expect(Counters::merged(pages, pages))?;
-    let me = std::process::id() as i32;
-    // The core moves a page only if it finds all mappings of it.
-    let before = numa::nodes_of(other.pid(), there)?;
-    let node = *(numa::nodes()?.iter())
-        .find(|node| **node as i32 != before[0])
-        .context("this test needs two nodes")?;
-    numa::move_to(other.pid(), there, node)?;
-    let after = numa::nodes_of(other.pid(), there)?;
-    ensure!(
-        after.iter().all(|at| *at == node as i32),
-        "pages were on {before:?}, and are on {after:?} instead of {node}"
-    );
-    ensure!(
-        procfs::ksm_pages(me, region)? == PAGES,
-        "pages have left that cannot be read"
-    );
-    watcher.protect(region, false)?;
     ksm.merge_until(Counters::merged(pages, 0).and_unshared(pages))?;
+    let me = std::process::id() as i32;
     ensure!(procfs::ksm_pages(me, region)? == 0, "pages have not left");
+    ensure!(
+        watcher.fault()?.is_none(),
+        "the watcher was told of an access that nobody made"
+    );
     nix::sys::prctl::set_dumpable(true)?;
     other.verify(there, CONTENT)?;
-    // SAFETY: The region is mapped.
-    CONTENT.check(&unsafe { memory::checksums(region) })
+    userfault::expect_every_access_is_caught(&mut watcher, region, CONTENT)
 }
 
 fn a_page_that_waits_for_its_like_may_change_its_domain(ksm: &Ksm) -> Result<()> {

@@ -23,6 +23,8 @@ ksm_e2e::tests![
     missing_pages_are_left_to_the_watcher,
     protecting_merged_pages_survives_unmerging,
     watched_pages_that_merge_keep_their_content,
+    pages_that_may_not_be_read_are_unmerged_and_stay_so,
+    marked_pages_of_inaccessible_memory_are_unmerged,
 ];
 
 const CONTENT: Content = Content::Distinct(1);
@@ -168,6 +170,90 @@ fn protecting_merged_pages_survives_unmerging(ksm: &Ksm) -> Result<()> {
         fault.is_some_and(|fault| fault.protected),
         "a write to a protected page that was merged: {fault:?}"
     );
+    other.verify(there, CONTENT)
+}
+
+/// Lets a thread read each page of protected memory of this process: the watcher must hear of each, and the thread must see what
+/// is there once it may go on.
+pub fn expect_every_access_is_caught(
+    watcher: &mut Userfault,
+    region: Region,
+    content: Content,
+) -> Result<()> {
+    for (index, addr) in region.addresses().enumerate() {
+        let page = region.part(index, 1);
+        // SAFETY: The page is mapped, and nobody writes to it.
+        let reader = std::thread::spawn(move || unsafe { memory::checksums(page) });
+        let mut fault = None;
+        wait::until("the read is done or caught", PATIENCE, || {
+            if fault.is_none() {
+                fault = watcher.fault()?;
+            }
+            Ok(fault.is_some() || reader.is_finished())
+        })?;
+        ensure!(
+            fault.is_some_and(|fault| fault.addr == addr && !fault.write),
+            "a read of protected page {index}: {fault:?}"
+        );
+        watcher.protect(page, false)?;
+        let seen = reader
+            .join()
+            .map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+        content.from_page(index).check(&seen)?;
+    }
+    Ok(())
+}
+
+fn pages_that_may_not_be_read_are_unmerged_and_stay_so(ksm: &Ksm) -> Result<()> {
+    let Some(mut watcher) = Userfault::open_for_protection()? else {
+        // A kernel without this kind of protection has no such pages.
+        return Ok(());
+    };
+    let mut other = Child::spawn()?;
+    let there = other.map_mergeable(PAGES, CONTENT)?;
+    let region = Mapping::pages(PAGES).map()?;
+    // SAFETY: The region was just mapped.
+    unsafe { memory::fill(region, CONTENT) };
+    memory::advise(region, libc::MADV_MERGEABLE)?;
+    let pages = PAGES as u64;
+    ksm.merge_until(Counters::merged(pages, pages))?;
+    watcher.watch(region, Watch::Protected)?;
+    watcher.protect(region, true)?;
+    ksm.unmerge()?;
+    ksm.expect(Counters::merged(0, 0))?;
+    ensure!(
+        procfs::ksm_pages(own_pid(), region)? == 0,
+        "protected pages are still merged"
+    );
+    ensure!(
+        watcher.fault()?.is_none(),
+        "unmerging has told the watcher of an access"
+    );
+    other.verify(there, CONTENT)?;
+    expect_every_access_is_caught(&mut watcher, region, CONTENT)
+}
+
+/// Marked for the watcher, and then not accessible at all: that looks like pages that it waits for, and they are not.
+fn marked_pages_of_inaccessible_memory_are_unmerged(ksm: &Ksm) -> Result<()> {
+    let mut other = Child::spawn()?;
+    let there = other.map_mergeable(PAGES, CONTENT)?;
+    let (region, watcher) = map_watched(CONTENT, Watch::WriteProtected)?;
+    let pages = PAGES as u64;
+    ksm.merge_until(Counters::merged(pages, pages))?;
+    watcher.write_protect(region, true)?;
+    memory::protect(region, libc::PROT_NONE)?;
+    ksm.unmerge()?;
+    ksm.expect(Counters::merged(0, 0))?;
+    ensure!(
+        procfs::ksm_pages(own_pid(), region)? == 0,
+        "inaccessible pages are still merged"
+    );
+    memory::protect(region, libc::PROT_READ | libc::PROT_WRITE)?;
+    ensure!(
+        protected(region)? == PAGES,
+        "unmerging has taken protection away"
+    );
+    verify(region, CONTENT)?;
     other.verify(there, CONTENT)
 }
 
