@@ -50,8 +50,7 @@ pub(crate) struct StableEntry {
     key: u64,
     /// The only one whose pages it is mapped in the place of.
     domain: Domain,
-    /// It stands in the list of orphans, between these two.
-    orphan: bool,
+    /// Its neighbours in the list of orphans, if it stands there.
     before: Id,
     behind: Id,
     /// The structure that the core reads; `None` only in an empty record.
@@ -124,11 +123,12 @@ impl StableTree {
     /// Lists a node as an orphan: it has no mapping any more that is known. A sweep that is going on does not come to it.
     pub(crate) fn list_orphan(&mut self, id: Id) {
         let first = self.orphans;
-        let Some(entry) = self.entries.get_mut(id).filter(|entry| !entry.orphan) else {
+        if self.is_orphan(id) {
+            return;
+        }
+        let Some(entry) = self.entries.get_mut(id) else {
             return;
         };
-        entry.orphan = true;
-        entry.before = Id::NIL;
         entry.behind = first;
         if let Some(entry) = self.entries.get_mut(first) {
             entry.before = id;
@@ -138,11 +138,14 @@ impl StableTree {
 
     /// Takes a node off the list of orphans, if it is there.
     pub(crate) fn unlist_orphan(&mut self, id: Id) {
-        let Some(entry) = self.entries.get_mut(id).filter(|entry| entry.orphan) else {
+        if !self.is_orphan(id) {
+            return;
+        }
+        let Some(entry) = self.entries.get_mut(id) else {
             return;
         };
-        entry.orphan = false;
-        let (before, behind) = (entry.before, entry.behind);
+        let before = core::mem::take(&mut entry.before);
+        let behind = core::mem::take(&mut entry.behind);
         match self.entries.get_mut(before) {
             Some(entry) => entry.behind = behind,
             None => self.orphans = behind,
@@ -153,6 +156,13 @@ impl StableTree {
         if self.unswept == Some(id) {
             self.unswept = Some(behind);
         }
+    }
+
+    /// Whether a node stands in the list of orphans: it has a neighbour there, or is the first.
+    fn is_orphan(&self, id: Id) -> bool {
+        self.entries.get(id).is_some_and(|entry| {
+            !entry.before.is_nil() || !entry.behind.is_nil() || self.orphans == id
+        })
     }
 
     /// The orphan that was listed last.

@@ -25,6 +25,9 @@ pub(crate) const BATCH_PAGES: usize = 128;
 /// work.
 pub(crate) const MOST_STEPS: usize = 512;
 
+/// An entry without a page for us costs less than to ask whether anybody waits for the locks: that is asked behind every 64th.
+const ASK_SPAN_MASK: usize = 64 * PAGE_SIZE - 1;
+
 /// An anonymous page found in a page table.
 pub(crate) struct Found {
     /// Where it is mapped, page-aligned.
@@ -243,18 +246,26 @@ unsafe fn for_each_anon_page(
             return end;
         }
         let mut ptep = first;
-        while address < end {
-            let pte = bindings::ksm_rs_ptep_get(ptep);
-            if bindings::ksm_rs_pte_present(pte) {
-                let page = bindings::ksm_rs_vm_normal_page(vma, address, pte);
-                if let Some(page) = anon_page(page) {
-                    if !each(address, page) {
-                        break;
-                    }
+        'table: while address < end {
+            let stop = end.min((address | ASK_SPAN_MASK).wrapping_add(1));
+            while address < stop {
+                let pte = bindings::ksm_rs_ptep_get(ptep);
+                let mut page = None;
+                if bindings::ksm_rs_pte_present(pte) {
+                    page = anon_page(bindings::ksm_rs_vm_normal_page(vma, address, pte));
+                }
+                let at = address;
+                address = address.wrapping_add(PAGE_SIZE);
+                ptep = ptep.add(1);
+                let Some(page) = page else { continue };
+                if !each(at, page) {
+                    address = at;
+                    break 'table;
+                }
+                if is_awaited(mm, lock) {
+                    break 'table;
                 }
             }
-            address = address.wrapping_add(PAGE_SIZE);
-            ptep = ptep.add(1);
             if is_awaited(mm, lock) {
                 break;
             }
