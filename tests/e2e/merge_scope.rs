@@ -13,8 +13,6 @@ use ksm_e2e::Ksm;
 use ksm_e2e::Passes;
 use ksm_e2e::Region;
 use ksm_e2e::ksm::Counters;
-use ksm_e2e::memory;
-use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
 use ksm_e2e::memory::Pattern;
 use ksm_e2e::memory::Timing;
@@ -22,15 +20,13 @@ use ksm_e2e::procfs;
 use ksm_e2e::procfs::Pfn;
 use ksm_e2e::swap::Group;
 use ksm_e2e::swap::Swap;
-use ksm_e2e::userfault::Userfault;
-use ksm_e2e::userfault::Watch;
 use ksm_e2e::world::Contents;
 use ksm_e2e::world::Rules;
 use ksm_e2e::world::Shape;
 use nix::errno::Errno;
 
 use crate::stock_results::live;
-use crate::userfault;
+use crate::userfault::Guarded;
 
 ksm_e2e::tests![
     the_file_shows_a_choice_and_takes_a_name,
@@ -378,32 +374,15 @@ fn a_process_with_secrets_from_its_user_keeps_to_itself(ksm: &Ksm) -> Result<()>
 /// Userfaultfd waits for the next access to merged pages of this process, which leaves the domain: the pages leave with it,
 /// which is no access of its own.
 fn pages_that_may_not_be_read_leave_too(ksm: &Ksm) -> Result<()> {
-    let Some(mut watcher) = Userfault::open_for_protection()? else {
-        // A kernel without this kind of protection has no such pages.
+    choose(ksm, "user")?;
+    let Some(guarded) = Guarded::merge(ksm)? else {
         return Ok(());
     };
-    choose(ksm, "user")?;
-    let mut other = Child::spawn()?;
-    let there = other.map_mergeable(PAGES, CONTENT)?;
-    let region = Mapping::pages(PAGES).map()?;
-    // SAFETY: The region was just mapped.
-    unsafe { memory::fill(region, CONTENT) };
-    memory::advise(region, libc::MADV_MERGEABLE)?;
-    let pages = PAGES as u64;
-    ksm.merge_until(Counters::merged(pages, pages))?;
-    watcher.watch(region, Watch::Protected)?;
-    watcher.protect(region, true)?;
     nix::sys::prctl::set_dumpable(false)?;
+    let pages = guarded.region.pages as u64;
     ksm.merge_until(Counters::merged(pages, 0).and_unshared(pages))?;
-    let me = std::process::id() as i32;
-    ensure!(procfs::ksm_pages(me, region)? == 0, "pages have not left");
-    ensure!(
-        watcher.fault()?.is_none(),
-        "the watcher was told of an access that nobody made"
-    );
     nix::sys::prctl::set_dumpable(true)?;
-    other.verify(there, CONTENT)?;
-    userfault::expect_every_access_is_caught(&mut watcher, region, CONTENT)
+    guarded.expect_private()
 }
 
 fn a_page_that_waits_for_its_like_may_change_its_domain(ksm: &Ksm) -> Result<()> {

@@ -173,9 +173,55 @@ fn protecting_merged_pages_survives_unmerging(ksm: &Ksm) -> Result<()> {
     other.verify(there, CONTENT)
 }
 
+/// Pages of this process that are merged with those of another one, and that userfaultfd waits for the next access to.
+pub struct Guarded {
+    pub other: Child,
+    pub there: Region,
+    pub region: Region,
+    pub watcher: Userfault,
+}
+
+impl Guarded {
+    /// Merges them, and protects them then. `None`: the kernel has no protection from accesses of any kind.
+    pub fn merge(ksm: &Ksm) -> Result<Option<Self>> {
+        let Some(watcher) = Userfault::open_for_protection()? else {
+            return Ok(None);
+        };
+        let mut other = Child::spawn()?;
+        let there = other.map_mergeable(PAGES, CONTENT)?;
+        let region = Mapping::pages(PAGES).map()?;
+        // SAFETY: The region was just mapped.
+        unsafe { memory::fill(region, CONTENT) };
+        memory::advise(region, libc::MADV_MERGEABLE)?;
+        ksm.merge_until(Counters::merged(PAGES as u64, PAGES as u64))?;
+        watcher.watch(region, Watch::Protected)?;
+        watcher.protect(region, true)?;
+        Ok(Some(Self {
+            other,
+            there,
+            region,
+            watcher,
+        }))
+    }
+
+    /// They are not merged any more, but protected still, which nobody but this has noticed; and contain what they did.
+    pub fn expect_private(mut self) -> Result<()> {
+        ensure!(
+            procfs::ksm_pages(own_pid(), self.region)? == 0,
+            "protected pages are still merged"
+        );
+        ensure!(
+            self.watcher.fault()?.is_none(),
+            "the watcher was told of an access that nobody made"
+        );
+        self.other.verify(self.there, CONTENT)?;
+        expect_every_access_is_caught(&mut self.watcher, self.region, CONTENT)
+    }
+}
+
 /// Lets a thread read each page of protected memory of this process: the watcher must hear of each, and the thread must see what
 /// is there once it may go on.
-pub fn expect_every_access_is_caught(
+fn expect_every_access_is_caught(
     watcher: &mut Userfault,
     region: Region,
     content: Content,
@@ -205,32 +251,12 @@ pub fn expect_every_access_is_caught(
 }
 
 fn pages_that_may_not_be_read_are_unmerged_and_stay_so(ksm: &Ksm) -> Result<()> {
-    let Some(mut watcher) = Userfault::open_for_protection()? else {
-        // A kernel without this kind of protection has no such pages.
+    let Some(guarded) = Guarded::merge(ksm)? else {
         return Ok(());
     };
-    let mut other = Child::spawn()?;
-    let there = other.map_mergeable(PAGES, CONTENT)?;
-    let region = Mapping::pages(PAGES).map()?;
-    // SAFETY: The region was just mapped.
-    unsafe { memory::fill(region, CONTENT) };
-    memory::advise(region, libc::MADV_MERGEABLE)?;
-    let pages = PAGES as u64;
-    ksm.merge_until(Counters::merged(pages, pages))?;
-    watcher.watch(region, Watch::Protected)?;
-    watcher.protect(region, true)?;
     ksm.unmerge()?;
     ksm.expect(Counters::merged(0, 0))?;
-    ensure!(
-        procfs::ksm_pages(own_pid(), region)? == 0,
-        "protected pages are still merged"
-    );
-    ensure!(
-        watcher.fault()?.is_none(),
-        "unmerging has told the watcher of an access"
-    );
-    other.verify(there, CONTENT)?;
-    expect_every_access_is_caught(&mut watcher, region, CONTENT)
+    guarded.expect_private()
 }
 
 /// Marked for the watcher, and then not accessible at all: that looks like pages that it waits for, and they are not.
