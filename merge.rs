@@ -572,6 +572,7 @@ impl Engine {
         }
         let node = self.stable.node(node_id);
         if node.is_some_and(|node| node.sharers() == 0) {
+            self.stable.set_full(node_id, true);
             self.stable.list_orphan(node_id);
         }
         Ok(())

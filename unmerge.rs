@@ -8,6 +8,7 @@ use crate::{
     arena::Id,
     engine::Engine,
     mm::{
+        self,
         hotplug::OfflineRange,
         space::Next,
         walk::{
@@ -155,6 +156,7 @@ impl Engine {
             }
         }
         self.retire(id);
+        mm::breathe();
         mapped
     }
 

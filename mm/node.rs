@@ -317,7 +317,7 @@ impl StableNode {
         true
     }
 
-    /// Parts the node from its page though that is still mapped, for unload: the page stays a KSM page, which the
+    /// Parts the node from its page though that is still mapped: the page stays a KSM page, which the
     /// core copies on the next write and cannot move until then.
     pub(crate) fn disown(&mut self, page: &PageLock<'_>) {
         if self.stands_for(page.page()) {

@@ -25,8 +25,18 @@ use kernel::{
     prelude::*, //
 };
 
-/// Times that a page is looked at anew at most after nothing was done about it.
-const MOST_LOOKS: u32 = 3;
+/// Times that a page is looked at anew at most because it has changed.
+const MOST_LOOKS: u32 = 100;
+
+/// What came of unsharing one page.
+pub(crate) enum Unshared {
+    /// It was copied, or has been waited for.
+    Done,
+    /// Something else was mapped by the time when there was a copy, or before: look again.
+    Changed,
+    /// Its memory has gone bad.
+    Hopeless,
+}
 
 /// What an address shows.
 enum Shown {
@@ -82,8 +92,8 @@ struct Fresh(PageRef);
 impl Vma<'_> {
     /// Gives every mapping of a KSM page in `[from, to)` a private copy. Sleeps.
     ///
-    /// Left as they are, as stock leaves them, are pages whose memory has gone bad. `Err(ENOMEM)`: there was no memory for a
-    /// copy; some pages may be left merged.
+    /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and one that changes whenever it is looked
+    /// at. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
     pub(crate) fn unshare(&self, from: usize, to: usize) -> Result {
         let mut address = from;
         let mut looks = 0u32;
@@ -93,13 +103,14 @@ impl Vma<'_> {
             }
             address = at;
             delay::at(Point::Unsharing);
-            // What has changed meanwhile may be a KSM page still, so the same address is looked at again.
             looks = match self.unshare_page(at)? {
-                true => 0,
-                false => looks.saturating_add(1),
+                Unshared::Done => 0,
+                Unshared::Changed => looks.saturating_add(1),
+                Unshared::Hopeless => MOST_LOOKS,
             };
             if looks >= MOST_LOOKS {
                 address = at.wrapping_add(PAGE_SIZE);
+                looks = 0;
             }
             super::breathe();
         }
@@ -107,13 +118,12 @@ impl Vma<'_> {
     }
 
     /// Gives the mapping at `address`, which lies in the VMA, a page that it shares with nobody, neither by a merge nor by
-    /// a fork. A page that is on its way to another frame is waited for, and is as shared as before then. `false`:
-    /// nothing was done, as something else is mapped, or the memory has gone bad. Sleeps.
+    /// a fork. A page that is on its way to another frame is waited for, and is as shared as before then. Sleeps.
     ///
     /// `Err(ENOMEM)`: there was no memory for a copy.
-    pub(crate) fn unshare_page(&self, address: usize) -> Result<bool> {
+    pub(crate) fn unshare_page(&self, address: usize) -> Result<Unshared> {
         if address < self.start() || address >= self.end() {
-            return Ok(false);
+            return Ok(Unshared::Changed);
         }
         let shown = LockedPte::lock(self, address).map_or(Shown::Other, |entry| entry.shown());
         let original = match shown {
@@ -121,12 +131,12 @@ impl Vma<'_> {
             Shown::Zero => None,
             Shown::Moving => {
                 self.await_migration(address);
-                return Ok(true);
+                return Ok(Unshared::Done);
             }
-            Shown::Other => return Ok(false),
+            Shown::Other => return Ok(Unshared::Changed),
         };
         let Some(copy) = self.copy(address, original.as_ref())? else {
-            return Ok(false);
+            return Ok(Unshared::Hopeless);
         };
         Ok(self.map_copy(address, original.as_ref(), copy))
     }
@@ -168,17 +178,16 @@ impl Vma<'_> {
         }
     }
 
-    /// Maps `copy` in the place of `original`, or of the zero page without one. `false`: something else is mapped there by
-    /// now. Sleeps.
-    fn map_copy(&self, address: usize, original: Option<&PageRef>, copy: Fresh) -> bool {
+    /// Maps `copy` in the place of `original`, or of the zero page without one, if that is still mapped there. Sleeps.
+    fn map_copy(&self, address: usize, original: Option<&PageRef>, copy: Fresh) -> Unshared {
         let notified = Notified::start(self, address);
         let Some(entry) = LockedPte::lock(self, address) else {
-            return false;
+            return Unshared::Changed;
         };
         match (entry.shown(), original) {
             (Shown::Shared(page), Some(original)) if page.is(original) => {}
             (Shown::Zero, None) => {}
-            _ => return false,
+            _ => return Unshared::Changed,
         }
         let pfn = original.map_or_else(zero::pfn, PageRef::pfn);
         let copy = copy.0;
@@ -186,7 +195,8 @@ impl Vma<'_> {
         // it was copied. A page that is not exclusive is written to only by who finds that nobody else has a reference, and
         // makes it exclusive; a KSM page by nobody. So since then it was neither written to nor moved. The copy gets the
         // reference and the mapcount of its mapping before it is mapped, in a VMA that has an anon_vma, as all mergeable ones.
-        // The original loses its own after the entry is flushed.
+        // The original loses its own after the entry is flushed. Where there is a zero page of KSM's, its counter is known, as
+        // loading has found it.
         unsafe {
             let old = entry.clear_and_flush(pfn);
             let folio = copy.folio();
@@ -212,7 +222,7 @@ impl Vma<'_> {
                 lock.give_up_swap_if_unmapped();
             }
         }
-        true
+        Unshared::Done
     }
 
     /// Waits until the page mapped at `address` has arrived at another frame, or is back where it was. Sleeps.

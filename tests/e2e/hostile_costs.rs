@@ -342,7 +342,7 @@ fn play(ksm: &Ksm, make: Make) -> Result<Cost> {
         }
         let mut rounds = [0; ROUNDS];
         for round in &mut rounds {
-            // A machine that is busy may take the CPU away so long that its clocks lose count.
+            // A pass may be over sooner than the clock by which CPU time is counted goes on.
             wait::until("the thread's CPU time goes on", PATIENCE, || {
                 (scene.before)()?;
                 let before = cpu_when_asleep(thread)?;
@@ -351,7 +351,7 @@ fn play(ksm: &Ksm, make: Make) -> Result<Cost> {
                 Ok(*round > 0)
             })?;
         }
-        // The one in the middle: one may be of a pass that had been made already, or of a CPU that others wanted.
+        // The one in the middle: one may be of a pass that had been made already.
         rounds.sort_unstable();
         let cpu_nanosecs = rounds[ROUNDS / 2];
         // Counting takes time of its own.

@@ -4,6 +4,8 @@
 //!     KSM_DIR=/sys/kernel/mm/ksm e2e          the same against the kernel's own KSM
 //!     KSM_RS_KO=/path/to/ksm_rs.ko e2e        with the module to load and unload
 //!     KSM_E2E_SEED=42 e2e                     another seed for what is made at random
+//!     KSM_E2E_ONLY=numa:: e2e [FILTER]        only those whose name begins with it
+//!     KSM_E2E_ICOUNT=1 e2e hostile_costs      where QEMU counts instructions (hostile_costs.rs)
 //!     KSM_E2E_GROUND="no NUMA" e2e ground     on a kernel that was booted so (ground.rs)
 
 mod advisor;
@@ -94,6 +96,9 @@ fn main() -> anyhow::Result<()> {
     }
     if exhaustion::is_small_machine()? {
         tests.extend(exhaustion::system_tests());
+    }
+    if let Ok(start) = std::env::var("KSM_E2E_ONLY") {
+        tests.retain(|test| test.name().starts_with(&start));
     }
     libtest_mimic::run(&arguments, tests).exit()
 }
