@@ -42,16 +42,12 @@ ksm_e2e::tests![
 /// How long a thread can wait that must not sleep.
 const MOMENT: Duration = Duration::from_millis(20);
 
-/// How many more windows are opened than must be hit, where nobody can make sure that they are.
-const PATIENT: u32 = 5;
-
 fn a_write_against_the_comparison(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     let mut witnesses = Witnesses::begin(ksm)?;
     let (mut writer, region) = newcomer(OTHER)?;
     advise(&mut writer, region)?;
-    while hits.hits() < rounds() && hits.tried() < PATIENT * rounds() {
-        let round = hits.tried();
+    for round in hits.rounds() {
         let place = ["protected", "compared", "replacing"][round as usize % 3];
         let spins = place != "replacing";
         let window = if spins {

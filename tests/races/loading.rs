@@ -105,7 +105,7 @@ fn unloading_against_probes(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     let mut pair = Pair::new()?;
     let mut parent = pair.one.fork()?;
-    for _ in 0..rounds() {
+    for _ in hits.rounds() {
         module::load("run=1")?;
         pair.merge(ksm)?;
         let mut log = Log::from_now()?;
@@ -147,7 +147,7 @@ fn unloading_against_a_writer(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
     let mut writer = Child::spawn()?;
     let mut pair = Pair::new()?;
-    for round in 0..rounds() {
+    for round in hits.rounds() {
         module::load("run=1")?;
         pair.merge(ksm)?;
         let mut log = Log::from_now()?;
@@ -222,7 +222,7 @@ fn loading_against_exec(ksm: &Ksm) -> Result<()> {
 /// Processes fork without end while the module is loaded: all of them are found.
 fn loading_against_fork(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
-    for _ in 0..rounds() {
+    for _ in hits.rounds() {
         let (mut parent, region) = newcomer(CONTENT)?;
         advise(&mut parent, region)?;
         let load = std::thread::spawn(|| {

@@ -68,6 +68,12 @@ impl<'a> Hits<'a> {
         }
     }
 
+    /// Rounds of a test that cannot make sure of a hit, as others may want the CPU just then: until there are as many hits as a
+    /// test makes rounds otherwise, but not without end.
+    pub fn rounds(&self) -> impl Iterator<Item = u32> + '_ {
+        (0..PATIENT * rounds()).take_while(|_| self.hits.get() < rounds())
+    }
+
     /// Makes the next thread that comes to a place wait there for a while: longer than the test needs, but not for ever.
     pub fn hold(&self, place: &'static str) -> Result<Window<'_>> {
         self.hold_all(place, 1, Duration::from_secs(15))
@@ -243,6 +249,9 @@ impl Drop for Window<'_> {
         }
     }
 }
+
+/// How many more rounds are made than must be hits, where nobody can make sure of them.
+const PATIENT: u32 = 5;
 
 /// How many rounds a test makes.
 pub fn rounds() -> u32 {
