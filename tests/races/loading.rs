@@ -211,9 +211,10 @@ fn loading_against_exec(ksm: &Ksm) -> Result<()> {
             Ok(procfs::ksm_stat(pid, "ksm_rmap_items")? > 0)
         });
         process.kill()?;
+        // Who waits for a file's server does so even when killed, as long as there is one.
+        drop(file);
         process.wait()?;
         scanned?;
-        drop(file);
         module::unload()?;
     }
     hits.expect(rounds())
