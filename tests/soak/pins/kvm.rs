@@ -23,6 +23,9 @@ const CODE: [u8; 3] = [0xf3, 0xa5, 0xf4];
 /// Where the guest finds its program; its other memory begins at 0.
 const CODE_AT: u64 = 0x40_0000;
 
+/// Where the guest's stack begins, which grows down and is used by exceptions only.
+const STACK_END: usize = 0x1_0000;
+
 /// Bit 1 of the flags, which is always set.
 const FLAGS: u64 = 2;
 
@@ -63,10 +66,19 @@ pub fn guest(stage: &mut Stage) -> Result<()> {
         if stage.rng.bool() {
             stage.let_merge(region)?;
         }
-        for _ in 0..stage.rng.usize(1..30) {
+        for _ in 0..stage.rng.usize(1..300) {
             let (from, to) = (stage.rng.usize(..pages), stage.rng.usize(..pages));
             stage.doing("a guest copies");
-            copy(&mut vcpu, from, to)?;
+            copy(&mut vcpu, from, to).with_context(|| {
+                // Where an exception would have put what it interrupts. There are at least 20 pages.
+                let stack = region.addr + STACK_END - 16;
+                // SAFETY: Both are mapped until the step ends.
+                let (code, stack) =
+                    unsafe { (*(code.addr as *const [u8; 16]), *(stack as *const [u8; 16])) };
+                format!(
+                    "copying page {from} to {to} with the program {code:x?}, the stack {stack:x?}"
+                )
+            })?;
             let from = region.part(from, 1);
             stage.ledger.note_copied(from, region.page(to))?;
         }
@@ -114,7 +126,12 @@ fn copy(vcpu: &mut VcpuFd, from: usize, to: usize) -> Result<()> {
     loop {
         match vcpu.run() {
             Ok(VcpuExit::Hlt) => return Ok(()),
-            Ok(other) => bail!("the guest ended with {other:?}"),
+            Ok(other) => {
+                let other = format!("{other:?}");
+                let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
+                let events = vcpu.get_vcpu_events()?;
+                bail!("the guest ended with {other}; {regs:x?} {sregs:x?} {events:x?}");
+            }
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) => return Err(error).context("KVM_RUN"),
         }
