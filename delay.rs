@@ -50,6 +50,8 @@ points! {
     Protected c"protected" Spinning,
     /// The pages have been compared and are equal; the page table's lock is held.
     Compared c"compared" Spinning,
+    /// An empty page is about to be replaced; its folio lock and the mmap lock are held.
+    Emptying c"emptying" Sleeping,
     /// A page was write-protected to become a KSM page; its folio lock and the mmap lock are held.
     WriteProtected c"write_protected" Sleeping,
     /// A page has become a KSM page that belongs to no stable node yet; the engine's mutex is held.

@@ -396,6 +396,16 @@ void ksm_rs_uncount_zero_page(struct mm_struct *mm, atomic_long_t *all)
 	atomic_long_dec(all); atomic_long_dec(&mm->ksm_zero_pages); percpu_counter_inc(&mm->rss_stat[MM_ANONPAGES]);
 }
 
+void ksm_rs_adjust_zero_pages(struct mm_struct *mm, atomic_long_t *all, long difference)
+{
+	atomic_long_add(difference, all); atomic_long_add(difference, &mm->ksm_zero_pages);
+}
+
+long ksm_rs_mm_zero_pages(struct mm_struct *mm)
+{
+	return mm_ksm_zero_pages(mm);
+}
+
 long ksm_rs_atomic_long_read(const atomic_long_t *value)
 {
 	return atomic_long_read(value);

@@ -210,6 +210,8 @@ unsigned long ksm_rs_zero_pfn(void);
 pte_t ksm_rs_mk_ksm_zero_pte(struct vm_area_struct *vma, unsigned long addr);
 void ksm_rs_count_zero_page(struct mm_struct *mm, atomic_long_t *all);
 void ksm_rs_uncount_zero_page(struct mm_struct *mm, atomic_long_t *all);
+void ksm_rs_adjust_zero_pages(struct mm_struct *mm, atomic_long_t *all, long difference);
+long ksm_rs_mm_zero_pages(struct mm_struct *mm);
 long ksm_rs_atomic_long_read(const atomic_long_t *value);
 void ksm_rs_set_pte_at(struct mm_struct *mm, unsigned long addr, pte_t *ptep, pte_t pte);
 void ksm_rs_pte_unmap_unlock(pte_t *ptep, spinlock_t *ptl);

@@ -452,6 +452,7 @@ impl Engine {
                 }
                 lock.split()?;
             }
+            delay::at(Point::Emptying);
             vma.replace_by_zero_page(address, &lock)
         })
     }

@@ -12,7 +12,8 @@ use crate::{
     },
     mm::{
         bindings,
-        space::AddressSpace, //
+        space::AddressSpace,
+        zero, //
     },
 };
 use core::ptr::NonNull;
@@ -125,6 +126,8 @@ impl<T: Observer> Drop for Probes<T> {
 /// `data` must be a live `T`, `mm` a live `mm_struct`.
 unsafe extern "C" fn on_enter<T: Observer>(data: *mut ffi::c_void, mm: *mut ffi::c_void) {
     delay::at(Point::Entering);
+    // SAFETY: The probe's own argument.
+    unsafe { zero::correct_inherited(mm.cast()) };
     // SAFETY: `data` is the observer, see `register()`; the core passes a live `mm_struct`.
     unsafe { (*data.cast::<T>()).enter(AddressSpace::grab(mm.cast())) };
 }

@@ -52,6 +52,36 @@ pub(crate) fn pfn() -> usize {
     unsafe { bindings::ksm_rs_zero_pfn() }
 }
 
+/// Corrects what a child has inherited of the count of its parent's zero pages, if `mm` is one that is being made.
+///
+/// The core copies the count before it takes the mmap lock for the page tables, and so miscounts for ever what has come or
+/// gone in between (`dup_mm()`). Any context.
+///
+/// # Safety
+///
+/// `mm` must be what the probe of `ksm_enter` was given, which must not have returned yet.
+pub(crate) unsafe fn correct_inherited(mm: *mut bindings::mm_struct) {
+    let all = counter();
+    if all.is_null() {
+        return;
+    }
+    // SAFETY: The current task keeps its mm. Another one that enters by its doing is its child's, if it has code already,
+    // and otherwise that of a program which is about to be started. In a fork the mmap lock of the parent's is held for
+    // writing and all its VMAs are locked, so its count stands still and is that of the entries which were copied; and
+    // nobody else knows the child's yet.
+    unsafe {
+        let parent = bindings::ksm_rs_task_user_mm(kernel::current!().as_ptr());
+        if parent.is_null() || parent == mm || (*mm).__bindgen_anon_1.start_code == 0 {
+            return;
+        }
+        let wanted = bindings::ksm_rs_mm_zero_pages(parent);
+        let difference = wanted.wrapping_sub(bindings::ksm_rs_mm_zero_pages(mm));
+        if difference != 0 {
+            bindings::ksm_rs_adjust_zero_pages(mm, all, difference);
+        }
+    }
+}
+
 impl Vma<'_> {
     /// Maps the zero page at `address` in the place of `page`, if that is empty.
     ///

@@ -2,19 +2,23 @@
 
 use std::fs;
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
 use ksm_e2e::Child;
+use ksm_e2e::Content;
 use ksm_e2e::Ksm;
+use ksm_e2e::Region;
 use ksm_e2e::delays::Hits;
 use ksm_e2e::delays::rounds;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::MERGE;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
+use ksm_e2e::procfs;
 use ksm_e2e::slow_file::SlowFile;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
@@ -37,6 +41,8 @@ ksm_e2e::tests![
     mremap_against_make_ksm,
     fork_against_a_merge,
     fork_against_unmerge,
+    fork_against_zero_pages_that_go,
+    fork_against_zero_pages_that_come,
     dontneed_against_unmerge,
     prctl_against_a_merge,
 ];
@@ -365,6 +371,109 @@ fn fork_against_unmerge(ksm: &Ksm) -> Result<()> {
         drop((child, left));
     }
     hits.expect(rounds())
+}
+
+/// Empty pages of a process that forks.
+const ZEROES: usize = 64;
+
+/// Lets `parent` fork, which waits for its mmap lock when this returns.
+fn begin_fork(parent: &mut Child) -> Result<UnixStream> {
+    let forking = parent.begin_fork()?;
+    wait::until("a fork waits for the mmap lock", PATIENCE, || {
+        Ok(procfs::stack(parent.pid())?.contains("dup_mm"))
+    })?;
+    Ok(forking)
+}
+
+fn expect_zero_pages(ksm: &Ksm, wanted: [(&Child, usize); 2]) -> Result<()> {
+    for (child, pages) in wanted {
+        let seen = procfs::ksm_stat(child.pid(), "ksm_zero_pages")?;
+        ensure!(
+            seen == pages as u64,
+            "ksm_zero_pages of one process is {seen}, wanted {pages}"
+        );
+    }
+    let seen = ksm.read("ksm_zero_pages")?;
+    let all = wanted.map(|(_, pages)| pages as u64).iter().sum::<u64>();
+    ensure!(seen == all, "ksm_zero_pages is {seen}, wanted {all}");
+    Ok(())
+}
+
+/// The core copies a process's count of zero pages, then waits for the lock that keeps them as they are.
+fn fork_against_zero_pages_that_go(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    scan_briskly(ksm)?;
+    ksm.write("use_zero_pages", 1)?;
+    let mut writer = Child::spawn()?;
+    for _ in 0..rounds() {
+        let mut parent = Child::spawn()?;
+        let region = parent.map_mergeable(ZEROES, Content::Zero)?;
+        ksm.start()?;
+        wait::until("all are the zero page", PATIENCE, || {
+            Ok(ksm.read("ksm_zero_pages")? == ZEROES as u64)
+        })?;
+        let window = hits.hold("unsharing")?;
+        writer.begin_write_file(ksm.dir().join("run"), "2")?;
+        window.wait()?;
+        let forking = begin_fork(&mut parent)?;
+        window.hit()?;
+        let mut child = parent.finish_fork(forking)?;
+        writer.finish_write()??;
+        expect_zero_pages(ksm, [(&parent, 0), (&child, 0)])?;
+        child.verify(region, Content::Zero)?;
+        parent.verify(region, Content::Zero)?;
+        child.exit()?;
+        parent.exit()?;
+        expect_no_zero_pages(ksm)?;
+    }
+    hits.expect(rounds())
+}
+
+/// As before, but they become the zero page meanwhile.
+fn fork_against_zero_pages_that_come(ksm: &Ksm) -> Result<()> {
+    let hits = Hits::none(ksm);
+    scan_briskly(ksm)?;
+    ksm.write("use_zero_pages", 1)?;
+    for _ in 0..rounds() {
+        let mut parent = Child::spawn()?;
+        let region = parent.map_mergeable(ZEROES, Content::Zero)?;
+        let window = hits.hold("emptying")?;
+        ksm.start()?;
+        window.wait()?;
+        let forking = begin_fork(&mut parent)?;
+        window.hit()?;
+        let mut child = parent.finish_fork(forking)?;
+        wait::until("all are the zero page", PATIENCE, || {
+            Ok([&parent, &child]
+                .into_iter()
+                .try_fold(true, |all, process| {
+                    let pages = zero_pages(process, region)?;
+                    anyhow::Ok(all && pages == ZEROES)
+                })?)
+        })?;
+        ksm.stop()?;
+        expect_zero_pages(ksm, [(&parent, ZEROES), (&child, ZEROES)])?;
+        child.verify(region, Content::Zero)?;
+        child.exit()?;
+        parent.exit()?;
+        expect_no_zero_pages(ksm)?;
+    }
+    hits.expect(rounds())
+}
+
+/// How many pages of a region are the zero page.
+fn zero_pages(child: &Child, region: Region) -> Result<usize> {
+    let mut zeroes = 0;
+    for pfn in child.pfns(region)? {
+        zeroes += usize::from(pfn.flags()?.zero_page());
+    }
+    Ok(zeroes)
+}
+
+fn expect_no_zero_pages(ksm: &Ksm) -> Result<()> {
+    let left = ksm.read("ksm_zero_pages")?;
+    ensure!(left == 0, "of exited processes {left} zero pages are left");
+    Ok(())
 }
 
 /// A page of a file's private mapping goes just as it is to be unmerged: it must not be asked for again, as the file system

@@ -622,6 +622,12 @@ impl Child {
 
     /// Forks the helper; the new one has a copy of its memory.
     pub fn fork(&mut self) -> Result<Self> {
+        let near = self.begin_fork()?;
+        self.finish_fork(near)
+    }
+
+    /// Starts to fork the helper; [`Child::finish_fork`] waits for it, and wants what this returns.
+    pub fn begin_fork(&mut self) -> Result<UnixStream> {
         let (near, far) = UnixStream::pair()?;
         self.done(&Command::Fork)?;
         let fds = [far.as_raw_fd()];
@@ -635,6 +641,11 @@ impl Child {
             None,
         )
         .context("passing a socket")?;
+        Ok(near)
+    }
+
+    /// Waits until the helper has forked.
+    pub fn finish_fork(&mut self, near: UnixStream) -> Result<Self> {
         match self.finish()? {
             Reply::Number(pid) => Self::new(Pid::from_raw(pid as i32), near, false),
             other => bail!("unexpected answer {other:?}"),

@@ -236,6 +236,11 @@ pub fn ksm_stat_lines(pid: i32) -> Result<Vec<(String, String)>> {
     lines.collect()
 }
 
+/// The kernel's functions that a process is in, the innermost first.
+pub fn stack(pid: i32) -> Result<String> {
+    process_file(pid, "stack")
+}
+
 /// The number in `/proc/<pid>/ksm_merging_pages`.
 pub fn ksm_merging_pages(pid: i32) -> Result<u64> {
     process_file(pid, "ksm_merging_pages")?
