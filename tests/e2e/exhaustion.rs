@@ -15,6 +15,11 @@ use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::Region;
 use ksm_e2e::Sharer;
+use ksm_e2e::exhausted::Brief;
+use ksm_e2e::exhausted::CONTENT;
+use ksm_e2e::exhausted::FullGroup;
+use ksm_e2e::exhausted::PAGES;
+use ksm_e2e::exhausted::protect;
 use ksm_e2e::kmsg::Log;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::STOCK;
@@ -25,7 +30,6 @@ use ksm_e2e::numa;
 use ksm_e2e::procfs;
 use ksm_e2e::runner;
 use ksm_e2e::sharer::shared_by;
-use ksm_e2e::swap::Group;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
 use libtest_mimic::Trial;
@@ -69,96 +73,8 @@ pub fn is_small_machine() -> Result<bool> {
     Ok(procfs::meminfo("MemTotal")? < 1 << 20)
 }
 
-/// Pages of each process in a group.
-const PAGES: usize = 512;
-
-/// Pages that a full group has room for, for other things than copies.
-const ROOM: usize = 24;
-
-const CONTENT: Content = Content::Distinct(1);
-
-/// Keeps a process from being killed for want of memory, or lets it be.
-fn protect(child: &Child, protect: bool) -> Result<()> {
-    let score = if protect { "-1000" } else { "0" };
-    let path = format!("/proc/{}/oom_score_adj", child.pid());
-    fs::write(&path, score).context(path)
-}
-
-/// Keeps lists of all tasks out of the log, as long as it lives: there would be hundreds.
-struct Brief(String);
-
-impl Brief {
-    const FILE: &str = "/proc/sys/vm/oom_dump_tasks";
-
-    fn new() -> Result<Self> {
-        let old = fs::read_to_string(Self::FILE)?;
-        fs::write(Self::FILE, "0")?;
-        Ok(Self(old))
-    }
-}
-
-impl Drop for Brief {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::FILE, &self.0);
-    }
-}
-
-/// Two processes outside of a control group share their pages with one in it, and the group has no room for copies.
-struct Full {
-    outside: [Sharer; 2],
-    inside: Sharer,
-    group: Group,
-    _brief: Brief,
-}
-
-impl Full {
-    fn new(ksm: &Ksm) -> Result<Self> {
-        let _brief = Brief::new()?;
-        let outside = [
-            Sharer::spawn(PAGES, CONTENT)?,
-            Sharer::spawn(PAGES, CONTENT)?,
-        ];
-        ksm.scan_fast()?;
-        if ksm.has("smart_scan") {
-            ksm.write("smart_scan", 0)?;
-        }
-        // First, so that the group pays for none of the KSM pages.
-        ksm.merge_until(shared_by(2, PAGES))?;
-        let group = Group::new()?;
-        let child = Child::spawn()?;
-        group.add(&child)?;
-        protect(&child, true)?;
-        let inside = Sharer::in_child(child, PAGES, CONTENT)?;
-        ksm.merge_until(shared_by(3, PAGES))?;
-        group.fill_up(ROOM * PAGE)?;
-        Ok(Self {
-            outside,
-            inside,
-            group,
-            _brief,
-        })
-    }
-
-    fn verify(&mut self) -> Result<()> {
-        // To answer, the process needs a little memory of its own.
-        self.group.release(&self.inside.child)?;
-        for sharer in self.outside.iter_mut().chain([&mut self.inside]) {
-            ensure!(sharer.child.alive()?, "a process was killed");
-            sharer.verify()?;
-        }
-        self.group.add(&self.inside.child)
-    }
-
-    fn expect_private(&mut self) -> Result<()> {
-        for sharer in self.outside.iter_mut().chain([&mut self.inside]) {
-            sharer.expect_private()?;
-        }
-        Ok(())
-    }
-}
-
 fn run_2_is_refused_by_a_full_group_and_loses_nothing(ksm: &Ksm) -> Result<()> {
-    let mut full = Full::new(ksm)?;
+    let mut full = FullGroup::new(ksm)?;
     for _ in 0..3 {
         let undone = ksm.write_bytes("run", b"2");
         ensure!(undone == Err(Errno::ENOMEM), "run=2: {undone:?}");
@@ -180,7 +96,7 @@ fn run_2_is_refused_by_a_full_group_and_loses_nothing(ksm: &Ksm) -> Result<()> {
 }
 
 fn run_2_in_a_full_group_kills_nobody_outside(ksm: &Ksm) -> Result<()> {
-    let mut full = Full::new(ksm)?;
+    let mut full = FullGroup::new(ksm)?;
     protect(&full.inside.child, false)?;
     let undone = ksm.write_bytes("run", b"2");
     ensure!(
@@ -252,7 +168,7 @@ fn handle(sharer: &mut Sharer) -> Result<()> {
 
 fn unloading_leaves_shared_what_does_not_fit_into_a_full_group(ksm: &Ksm) -> Result<()> {
     module::load("")?;
-    let mut full = Full::new(ksm)?;
+    let mut full = FullGroup::new(ksm)?;
     let mut log = Log::from_now()?;
     module::unload()?;
     let left = left_shared(&mut log)?;
@@ -288,7 +204,7 @@ fn unloading_leaves_shared_what_does_not_fit_into_a_full_group(ksm: &Ksm) -> Res
 
 fn unloading_waits_for_room_in_a_full_group(ksm: &Ksm) -> Result<()> {
     module::load("")?;
-    let mut full = Full::new(ksm)?;
+    let mut full = FullGroup::new(ksm)?;
     let mut log = Log::from_now()?;
     let failures = full.group.events("max")?;
     let unloader = std::thread::spawn(module::unload);

@@ -9,6 +9,7 @@ use anyhow::ensure;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
 use ksm_e2e::Sharer;
+use ksm_e2e::exhausted::FullGroup;
 use ksm_e2e::faults::Injector;
 use ksm_e2e::ksm::Counters;
 use ksm_e2e::ksm::STOCK;
@@ -29,6 +30,9 @@ const VAIN_COPIES: u32 = 40;
 
 /// Says whether the failure that is to come has come.
 pub type HasFailed<'a> = &'a dyn Fn() -> Result<bool>;
+
+/// Is told that the module is loaded.
+pub type Loaded<'a> = &'a dyn Fn() -> Result<()>;
 
 fn spawn() -> Result<Sharer> {
     Sharer::spawn(PAGES, CONTENT)
@@ -137,8 +141,16 @@ impl<'a> Life<'a> {
         self.ksm.expect(Counters::merged(0, 0))
     }
 
-    /// Lives it once. All processes are new, and gone at the end.
-    pub fn live(&self, has_failed: HasFailed) -> Result<()> {
+    /// Tries to load, once, and unloads.
+    pub fn come_and_go(&self) -> Result<()> {
+        if module::try_load("")? == Ok(()) {
+            module::unload()?;
+        }
+        self.expect_gone()
+    }
+
+    /// Lives it once, and says when the module is loaded. All processes are new, and gone at the end.
+    pub fn live(&self, has_failed: HasFailed, loaded: Loaded) -> Result<()> {
         // Some memory was advised before the module is there, some after.
         let (mut one, mut other) = (spawn()?, spawn()?);
         at_last(
@@ -147,6 +159,7 @@ impl<'a> Life<'a> {
             || module::try_load(""),
             || self.expect_gone(),
         )?;
+        loaded()?;
         self.set_up(has_failed)?;
         let mut third = spawn()?;
         self.merge(3)?;
@@ -239,6 +252,20 @@ impl<'a> Life<'a> {
         self.expect_gone()?;
         heir.expect_private()?;
         friend.expect_private()
+    }
+
+    /// Lives it while the memory cgroup of one process has no room for copies of what that shares.
+    pub fn live_in_a_full_group(&self) -> Result<()> {
+        module::load("")?;
+        let mut full = FullGroup::new(self.ksm)?;
+        let undone = self.ksm.write_bytes("run", b"2");
+        ensure!(undone == Err(Errno::ENOMEM), "run=2: {undone:?}");
+        full.verify()?;
+        full.group.unlimit()?;
+        self.ksm.unmerge()?;
+        full.expect_private()?;
+        module::unload()?;
+        self.expect_gone()
     }
 
     /// The stock KSM merges and unmerges.

@@ -7,6 +7,8 @@
 
 mod life;
 
+use std::cell::Cell;
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::Write;
 use std::ops::RangeInclusive;
@@ -30,6 +32,7 @@ use ksm_e2e::runner;
 
 use crate::life::HasFailed;
 use crate::life::Life;
+use crate::life::Loaded;
 
 /// How often a line is printed.
 const REPORT: u64 = 20;
@@ -68,7 +71,9 @@ fn main() -> Result<()> {
     let ksm = Ksm::at(OURS);
     let life = Life::new(&ksm)?;
     // The life as it is meant to be.
-    life.live(&|| Ok(false)).context("without any failure")?;
+    let nothing_fails: HasFailed = &|| Ok(false);
+    life.live(nothing_fails, &|| Ok(()))
+        .context("without any failure")?;
     let mut work = Work {
         life: &life,
         recorder: Recorder::new()?,
@@ -78,24 +83,37 @@ fn main() -> Result<()> {
     };
     if arguments.wants("droughts") {
         work.droughts()?;
+        work.full_group()?;
     }
+    let live: Part = &|has_failed, loaded| life.live(has_failed, loaded);
     for allocator in [Allocator::Slab, Allocator::Pages] {
         if !arguments.wants(allocator.name()) {
             continue;
         }
         let mut injector = Injector::new(allocator)?;
+        let all = 1..=u64::MAX;
         if arguments.from == 1 {
-            work.one_by_one(&mut injector, 1..=u64::MAX, "refusal", &|has_failed| {
-                life.be_refused(has_failed)
-            })?;
+            let be_refused: Part = &|has_failed, _| life.be_refused(has_failed);
+            let numbers = all.clone();
+            work.one_by_one(&mut injector, numbers, "refusal", When::Always, be_refused)?;
         }
         let numbers = arguments.from..=arguments.to;
-        work.one_by_one(&mut injector, numbers, "life", &|has_failed| {
-            life.live(has_failed)
-        })?;
+        if allocator == Allocator::Pages {
+            work.one_by_one(&mut injector, numbers, "life", When::Always, live)?;
+            continue;
+        }
+        // Files in sysfs have numbers that go up and up, for which memory is wanted in some lives and not in others: so what
+        // comes after loading is counted from there.
+        if arguments.from == 1 {
+            injector.count_anew(|| life.come_and_go())?;
+            work.one_by_one(&mut injector, all, "load", When::Loading, live)?;
+            injector.count_anew(|| life.come_and_go())?;
+        }
+        work.one_by_one(&mut injector, numbers, "life", When::Loaded, live)?;
     }
     // Nothing is left of it all.
-    life.live(&|| Ok(false)).context("after all failures")?;
+    life.live(nothing_fails, &|| Ok(()))
+        .context("after all failures")?;
     life.expect_stock_to_work()?;
     let complaints = work.complaints;
     ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
@@ -103,7 +121,17 @@ fn main() -> Result<()> {
 }
 
 /// Something that wants memory.
-type Part<'a> = &'a dyn Fn(HasFailed) -> Result<()>;
+type Part<'a> = &'a dyn Fn(HasFailed, Loaded) -> Result<()>;
+
+/// Which of a part's allocations count.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    Always,
+    /// Until the module is loaded.
+    Loading,
+    /// From then on.
+    Loaded,
+}
 
 struct Work<'a> {
     life: &'a Life<'a>,
@@ -122,15 +150,33 @@ impl Work<'_> {
         injector: &mut Injector,
         numbers: RangeInclusive<u64>,
         what: &str,
+        when: When,
         part: Part,
     ) -> Result<()> {
         let name = injector.allocator().name();
         let last = *numbers.end();
         for number in numbers {
             let start = Instant::now();
-            injector.arm(number)?;
-            let done = part(&|| injector.has_failed());
-            let failed = injector.disarm(number)?;
+            let failed = Cell::new(None);
+            let armed = RefCell::new(&mut *injector);
+            let arm = || armed.borrow_mut().arm(number);
+            let disarm = || {
+                failed.set(Some(armed.borrow_mut().disarm(number)?));
+                anyhow::Ok(())
+            };
+            if when != When::Loaded {
+                arm()?;
+            }
+            let loaded = || match when {
+                When::Always => Ok(()),
+                When::Loading => disarm(),
+                When::Loaded => arm(),
+            };
+            let done = part(&|| armed.borrow().has_failed(), &loaded);
+            if failed.get().is_none() {
+                disarm()?;
+            }
+            let failed = failed.get() == Some(true);
             let recorded = self.note(&format!("{name} {number} in a {what}"))?;
             self.judge(&format!("{name} {number} in a {what}"), done)?;
             if !failed {
@@ -159,6 +205,13 @@ impl Work<'_> {
         let failures = self.note("all in droughts")?;
         println!("droughts: {failures} allocations failed");
         self.judge("droughts", done)
+    }
+
+    fn full_group(&mut self) -> Result<()> {
+        let done = self.life.live_in_a_full_group();
+        let failures = self.note("charges to a full group")?;
+        println!("a full group: {failures} charges failed");
+        self.judge("a full group", done)
     }
 
     /// Notes what failed. Returns how many.

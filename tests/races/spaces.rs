@@ -444,12 +444,8 @@ fn fork_against_zero_pages_that_come(ksm: &Ksm) -> Result<()> {
         window.hit()?;
         let mut child = parent.finish_fork(forking)?;
         wait::until("all are the zero page", PATIENCE, || {
-            Ok([&parent, &child]
-                .into_iter()
-                .try_fold(true, |all, process| {
-                    let pages = zero_pages(process, region)?;
-                    anyhow::Ok(all && pages == ZEROES)
-                })?)
+            let (ours, theirs) = (zero_pages(&parent, region)?, zero_pages(&child, region)?);
+            Ok(ours == ZEROES && theirs == ZEROES)
         })?;
         ksm.stop()?;
         expect_zero_pages(ksm, [(&parent, ZEROES), (&child, ZEROES)])?;

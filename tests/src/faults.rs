@@ -25,6 +25,9 @@ const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
 /// Name of the group of our own trace events.
 const EVENTS: &str = "ksm_faults";
 
+/// Of them those that tell of failures.
+const FAILURES: [&str; 3] = ["slab", "pages", "charge"];
+
 /// What KASAN keeps stacks in, of allocations and of what is freed: it copes without memory, and its notes are no
 /// allocations of ours.
 const NOTES_OF_KASAN: &str = "stack_depot_save_flags";
@@ -165,6 +168,18 @@ impl Injector {
         Ok(failed)
     }
 
+    /// After a life in which less was allocated than expected the kernel's count is not known: has something done that allocates,
+    /// until it is.
+    pub fn count_anew(&mut self, mut allocate: impl FnMut() -> Result<()>) -> Result<()> {
+        // More than it can have gone wrong by.
+        self.arm(100)?;
+        while !self.has_failed()? {
+            allocate()?;
+        }
+        self.disarm(100)?;
+        Ok(())
+    }
+
     /// Ends a drought.
     pub fn rain(&mut self) -> Result<()> {
         self.allocator.set("probability", 0)
@@ -238,16 +253,23 @@ impl Recorder {
             let name = allocator.name();
             events += &format!("r64:{EVENTS}/{name} {function} failed=$retval:{kind}\n");
         }
+        // Fails where a memory cgroup is full, with or without fault injection.
+        events += &format!("r64:{EVENTS}/charge __mem_cgroup_charge failed=$retval:s32\n");
         // Where the module is. It may be gone by the time when its addresses are looked at.
         events += &format!("p:{EVENTS}/load do_init_module text=mod->mem:x64\n");
         fs::write(format!("{TRACEFS}/kprobe_events"), &events)
             .with_context(|| format!("these events: {events}"))?;
         let trace = Trace::new()?;
         trace.option("sym-addr", true)?;
-        for allocator in [Allocator::Slab, Allocator::Pages] {
-            let event = format!("{EVENTS}/{}", allocator.name());
-            trace.trigger(&event, "stacktrace if failed != 0")?;
-            trace.event(&event, Some("failed != 0"))?;
+        // Other tasks in a full cgroup have it fail too.
+        let mine = format!("failed != 0 && common_pid == {}", std::process::id());
+        for (event, filter) in FAILURES
+            .into_iter()
+            .zip(["failed != 0", "failed != 0", &mine])
+        {
+            let event = format!("{EVENTS}/{event}");
+            trace.trigger(&event, &format!("stacktrace if {filter}"))?;
+            trace.event(&event, Some(filter))?;
         }
         trace.event(&format!("{EVENTS}/load"), None)?;
         let mut recorder = Self { trace, code: 0..0 };
@@ -318,8 +340,8 @@ impl Recorder {
 impl Drop for Recorder {
     fn drop(&mut self) {
         // An event that a buffer listens to cannot be removed.
-        for allocator in [Allocator::Slab, Allocator::Pages] {
-            let event = format!("{EVENTS}/{}", allocator.name());
+        for event in FAILURES {
+            let event = format!("{EVENTS}/{event}");
             let _ = self.trace.trigger(&event, "!stacktrace");
         }
         let silent = self.trace.silence();

@@ -9,6 +9,7 @@
 pub mod child;
 pub mod delays;
 pub mod doctor;
+pub mod exhausted;
 pub mod faults;
 pub mod freezer;
 pub mod hash_key;
