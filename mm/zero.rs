@@ -54,8 +54,9 @@ pub(crate) fn pfn() -> usize {
 
 /// Corrects what a child has inherited of the count of its parent's zero pages, if `mm` is one that is being made.
 ///
-/// The core copies the count before it takes the mmap lock for the page tables, and so miscounts for ever what has come or
-/// gone in between (`dup_mm()`). Any context.
+/// The core copies the count before it takes the mmap lock for the page tables, and so miscounts for ever what KSM has done in
+/// between (`dup_mm()`). When the probe is called in a fork, the mmap lock of the parent's is held for writing and all its VMAs are
+/// locked, so what it counts now is what was copied; exceptions: `docs/concurrency.md`. Any context.
 ///
 /// # Safety
 ///
@@ -65,10 +66,9 @@ pub(crate) unsafe fn correct_inherited(mm: *mut bindings::mm_struct) {
     if all.is_null() {
         return;
     }
-    // SAFETY: The current task keeps its mm. Another one that enters by its doing is its child's, if it has code already,
-    // and otherwise that of a program which is about to be started. In a fork the mmap lock of the parent's is held for
-    // writing and all its VMAs are locked, so its count stands still and is that of the entries which were copied; and
-    // nobody else knows the child's yet.
+    // SAFETY: The parent is valid as the current task keeps its mm, and the child as the probe has not returned. Both are counted
+    // atomically. Another address space than the current task's enters by its doing only when it is made: for a child, or
+    // without any code yet for a program that is to be started. Nobody writes `start_code` then, which says which it is.
     unsafe {
         let parent = bindings::ksm_rs_task_user_mm(kernel::current!().as_ptr());
         if parent.is_null() || parent == mm || (*mm).__bindgen_anon_1.start_code == 0 {

@@ -105,9 +105,9 @@ fn main() -> Result<()> {
         // Files in sysfs have numbers that go up and up, for which memory is wanted in some lives and not in others: so what
         // comes after loading is counted from there.
         if arguments.from == 1 {
-            injector.count_anew(|| life.come_and_go())?;
+            work.count_anew(&mut injector)?;
             work.one_by_one(&mut injector, all, "load", When::Loading, live)?;
-            injector.count_anew(|| life.come_and_go())?;
+            work.count_anew(&mut injector)?;
         }
         work.one_by_one(&mut injector, numbers, "life", When::Loaded, live)?;
     }
@@ -176,7 +176,8 @@ impl Work<'_> {
             if failed.get().is_none() {
                 disarm()?;
             }
-            let failed = failed.get() == Some(true);
+            // What went wrong before anything could fail does not mean that there is nothing left that could.
+            let failed = failed.get() == Some(true) || done.is_err();
             let recorded = self.note(&format!("{name} {number} in a {what}"))?;
             self.judge(&format!("{name} {number} in a {what}"), done)?;
             if !failed {
@@ -195,6 +196,12 @@ impl Work<'_> {
         }
         println!("{name}: given up after allocation {last}");
         Ok(())
+    }
+
+    fn count_anew(&mut self, injector: &mut Injector) -> Result<()> {
+        let done = injector.count_anew(|| self.life.come_and_go());
+        self.note("counting anew")?;
+        self.judge("counting anew", done)
     }
 
     fn droughts(&mut self) -> Result<()> {

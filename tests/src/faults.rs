@@ -86,6 +86,8 @@ pub struct Injector {
     allocator: Allocator,
     /// Allocations that the kernel has counted so far.
     counted: u64,
+    /// One is to fail, or has.
+    armed: bool,
 }
 
 impl Injector {
@@ -126,6 +128,7 @@ impl Injector {
         Ok(Self {
             allocator,
             counted: 0,
+            armed: false,
         })
     }
 
@@ -140,26 +143,33 @@ impl Injector {
         let interval = self.counted + number;
         self.allocator.set("interval", interval)?;
         self.allocator.set("times", 1)?;
+        self.armed = true;
         self.allocator.set("probability", 100)
     }
 
     /// Makes all allocations fail from now on, or so many of them.
     pub fn drought(&mut self, times: Option<u32>) -> Result<()> {
+        self.armed = true;
         self.allocator.set("interval", 1)?;
         self.allocator.set("times", times.map_or(-1, i64::from))?;
         self.allocator.set("probability", 100)
     }
 
-    /// Whether the allocation that [`Injector::arm`] was told has been made, and has failed.
+    /// Whether the allocation that [`Injector::arm`] was told has been made, and has failed. Not before that nor after
+    /// [`Injector::disarm`].
     pub fn has_failed(&self) -> Result<bool> {
-        Ok(self.allocator.times()? == 0)
+        Ok(self.armed && self.allocator.times()? == 0)
     }
 
     /// Lets all allocations succeed again. Returns whether one failed, which must be so unless the one before, done the
     /// same way, was the last.
     pub fn disarm(&mut self, number: u64) -> Result<bool> {
         self.allocator.set("probability", 0)?;
+        if !self.armed {
+            return Ok(false);
+        }
         let failed = self.has_failed()?;
+        self.armed = false;
         let made = if failed { number } else { number - 1 };
         // With an interval of 1 the kernel does not count.
         if self.counted + number > 1 {
@@ -168,20 +178,25 @@ impl Injector {
         Ok(failed)
     }
 
-    /// After a life in which less was allocated than expected the kernel's count is not known: has something done that allocates,
-    /// until it is.
+    /// After a life in which less was allocated than expected the kernel's count is behind: has something done that
+    /// allocates, until it is known again. One allocation fails in that.
     pub fn count_anew(&mut self, mut allocate: impl FnMut() -> Result<()>) -> Result<()> {
-        // More than it can have gone wrong by.
-        self.arm(100)?;
-        while !self.has_failed()? {
+        const AHEAD: u64 = 100;
+        self.arm(AHEAD)?;
+        // Each try counts once at least, and so many may be missing.
+        for _ in 0..4 * AHEAD {
+            if self.has_failed()? {
+                break;
+            }
             allocate()?;
         }
-        self.disarm(100)?;
+        ensure!(self.disarm(AHEAD)?, "nothing is allocated that counts");
         Ok(())
     }
 
     /// Ends a drought.
     pub fn rain(&mut self) -> Result<()> {
+        self.armed = false;
         self.allocator.set("probability", 0)
     }
 }
