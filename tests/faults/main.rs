@@ -46,7 +46,7 @@ struct Arguments {
     /// Only those of one allocator: slab, pages, or droughts, in which all fail for a while.
     #[arg(long)]
     only: Option<String>,
-    /// The number of the first one.
+    /// The number of the first one, for slab counted from when the module is loaded.
     #[arg(long, default_value_t = 1)]
     from: u64,
     /// The number of the last one.
@@ -176,10 +176,16 @@ impl Work<'_> {
             if failed.get().is_none() {
                 disarm()?;
             }
-            // What went wrong before anything could fail does not mean that there is nothing left that could.
-            let failed = failed.get() == Some(true) || done.is_err();
+            let failed = failed.get() == Some(true);
+            let went_well = done.is_ok();
             let recorded = self.note(&format!("{name} {number} in a {what}"))?;
             self.judge(&format!("{name} {number} in a {what}"), done)?;
+            // It would go wrong again for ever.
+            ensure!(
+                failed || went_well,
+                "no allocation failed, and yet: {}",
+                self.complaints.join("\n")
+            );
             if !failed {
                 let all = number - 1;
                 println!("{name}: {all} allocations in a {what} failed, one after the other");

@@ -380,7 +380,7 @@ const ZEROES: usize = 64;
 fn begin_fork(parent: &mut Child) -> Result<UnixStream> {
     let forking = parent.begin_fork()?;
     wait::until("a fork waits for the mmap lock", PATIENCE, || {
-        Ok(procfs::stack(parent.pid())?.contains("dup_mm"))
+        Ok(procfs::stack(parent.pid())?.contains("dup_mmap"))
     })?;
     Ok(forking)
 }
