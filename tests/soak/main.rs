@@ -175,16 +175,18 @@ fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
     let rounds = (rounds.ceil() as u32).max(1);
     let mut troupe = Troupe::new(actors, seed, corrupt.map(str::to_owned))?;
     let mut rng = Rng::with_seed(seed);
+    let mut feats = pressure::Feats::begin(&troupe.actors)?;
     let mut quiet = quiet::Quiet::new(seed).context("before the first round")?;
     for round in 1..=rounds {
         println!("soak: round {round} of {rounds}: {}", settings(&mut rng)?);
         let prepared = (
-            pressure::prepare(&troupe.actors).context("preparing for pressure")?,
+            pressure::prepare().context("preparing for pressure")?,
             control::prepare(&troupe.actors).context("preparing for control")?,
         );
         troupe.play(total / rounds)?;
         prepared.1.undo().context("after the round")?;
         prepared.0.undo().context("after the round")?;
+        feats.add(total / rounds)?;
         quiet
             .between()
             .context("when all was quiet after a round")?;
@@ -192,6 +194,7 @@ fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
     quiet.end().context("when all was quiet in the end")?;
     troupe.reports()?;
     troupe.summary()?;
+    feats.end()?;
     println!("SOAK PASSED seed={seed}");
     Ok(())
 }
@@ -549,7 +552,7 @@ fn prove(actors: &[Actor], seed: u64) -> Result<()> {
         let begun = Instant::now();
         settings(&mut Rng::with_seed(seed))?;
         let mut troupe = Troupe::new(vec![actor], seed, Some(actor.name.to_owned()))?;
-        let prepared = (pressure::prepare(&[actor])?, control::prepare(&[actor])?);
+        let prepared = (pressure::prepare()?, control::prepare(&[actor])?);
         let played = troupe.play(PROOF * wait::slowness());
         prepared.1.undo()?;
         prepared.0.undo()?;

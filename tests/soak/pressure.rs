@@ -24,7 +24,7 @@ use ksm_e2e::swap;
 use ksm_e2e::swap::Group;
 use ksm_e2e::swap::Swap;
 
-use feats::Feats;
+pub use feats::Feats;
 
 use crate::actor::Actor;
 use crate::actor::Kid;
@@ -69,11 +69,10 @@ pub fn actors() -> Vec<Actor> {
 /// The system before a round.
 pub struct Prepared {
     settings: BTreeMap<PathBuf, String>,
-    feats: Feats,
 }
 
 /// Remembers what the actors of this group may change.
-pub fn prepare(actors: &[Actor]) -> Result<Prepared> {
+pub fn prepare() -> Result<Prepared> {
     let mut texts = BTreeMap::new();
     for path in SETTINGS.map(PathBuf::from) {
         let files = if path.is_dir() {
@@ -92,10 +91,7 @@ pub fn prepare(actors: &[Actor]) -> Result<Prepared> {
             }
         }
     }
-    Ok(Prepared {
-        settings: texts,
-        feats: Feats::begin(actors)?,
-    })
+    Ok(Prepared { settings: texts })
 }
 
 impl Prepared {
@@ -113,7 +109,7 @@ impl Prepared {
             !hotplug::bring_back()?,
             "a block of memory was left offline"
         );
-        self.feats.end()
+        Ok(())
     }
 }
 

@@ -5,7 +5,6 @@ use std::fs::File;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::time::Duration;
-use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -17,7 +16,7 @@ use crate::actor::Actor;
 /// Where actors, each in a process of its own, note what the kernel does not count.
 const FILE: &str = "/tmp/ksm-soak-feats";
 
-/// In a round of this length everybody must have succeeded.
+/// Those who have played for so long must each have succeeded.
 const LONG: Duration = Duration::from_secs(480);
 
 /// Memory blocks that went offline.
@@ -59,9 +58,9 @@ fn count(feat: &str) -> Result<u64> {
     procfs::vmstat(feat)
 }
 
-/// The figures at the beginning of a round.
+/// The figures before the first round.
 pub struct Feats {
-    begun: Instant,
+    played: Duration,
     before: Vec<(&'static str, &'static str, u64)>,
 }
 
@@ -76,30 +75,45 @@ impl Feats {
             }
         }
         Ok(Self {
-            begun: Instant::now(),
+            played: Duration::ZERO,
             before,
         })
     }
 
-    /// Says what has been done, and fails if there was much time and somebody has not succeeded once.
-    pub fn end(self) -> Result<()> {
+    /// Says what has been done so far, now that the actors have played for so long once more.
+    pub fn add(&mut self, time: Duration) -> Result<()> {
+        self.played += time;
         let mut text = Vec::new();
-        let mut idle = Vec::new();
-        for (name, feat, before) in self.before {
-            let done = count(feat)? - before;
+        for (_, feat, done) in self.done()? {
             text.push(format!("{feat} {done}"));
-            if done == 0 {
-                idle.push(format!("{name} ({feat})"));
-            }
         }
         if !text.is_empty() {
             println!("soak: pressure: {}", text.join(", "));
         }
+        Ok(())
+    }
+
+    /// Fails if there was much time and somebody has not succeeded once. A round alone may be too short for that, beside
+    /// other virtual machines.
+    pub fn end(self) -> Result<()> {
+        let mut idle = Vec::new();
+        for (name, feat, done) in self.done()? {
+            if done == 0 {
+                idle.push(format!("{name} ({feat})"));
+            }
+        }
         ensure!(
-            idle.is_empty() || self.begun.elapsed() < LONG,
+            idle.is_empty() || self.played < LONG,
             "these actors have not succeeded once: {}",
             idle.join(", ")
         );
         Ok(())
+    }
+
+    fn done(&self) -> Result<Vec<(&'static str, &'static str, u64)>> {
+        let before = self.before.iter();
+        before
+            .map(|&(name, feat, before)| Ok((name, feat, count(feat)? - before)))
+            .collect()
     }
 }
