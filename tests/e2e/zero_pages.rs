@@ -11,6 +11,7 @@ use ksm_e2e::ksm::Counters;
 use ksm_e2e::procfs;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
+use ksm_e2e::zero_pages;
 
 ksm_e2e::tests![
     every_page_of_zeroes_becomes_one_page,
@@ -44,39 +45,6 @@ fn every_page_of_zeroes_becomes_one_page(ksm: &Ksm) -> Result<()> {
     other.verify(there, Content::Zero)
 }
 
-/// How many pages of a region are the zero page.
-fn zero_pages(child: &Child, region: Region) -> Result<usize> {
-    let mut zeroes = 0;
-    for pfn in child.pfns(region)? {
-        let flags = pfn.flags()?;
-        ensure!(
-            !(flags.zero_page() && flags.ksm()),
-            "{pfn:?} is both the zero page and a KSM page"
-        );
-        zeroes += usize::from(flags.zero_page());
-    }
-    Ok(zeroes)
-}
-
-/// Fails unless the mappings of the zero page are counted like this, by the system and for each process.
-fn expect_zero_pages(ksm: &Ksm, wanted: &[(&Child, usize)]) -> Result<()> {
-    let all: usize = wanted.iter().map(|(_, pages)| pages).sum();
-    let seen = ksm.read("ksm_zero_pages")?;
-    ensure!(
-        seen == all as u64,
-        "ksm_zero_pages is {seen} instead of {all}"
-    );
-    for (child, pages) in wanted {
-        let seen = procfs::ksm_stat(child.pid(), "ksm_zero_pages")?;
-        ensure!(
-            seen == *pages as u64,
-            "ksm_zero_pages of process {} is {seen} instead of {pages}",
-            child.pid()
-        );
-    }
-    Ok(())
-}
-
 /// Two processes whose empty pages have become the zero page; scanning rests.
 struct Pair {
     one: Child,
@@ -103,7 +71,7 @@ impl Pair {
     }
 
     fn expect(&self, ksm: &Ksm, here: usize, there: usize) -> Result<()> {
-        expect_zero_pages(ksm, &[(&self.one, here), (&self.other, there)])
+        zero_pages::expect(ksm, &[(&self.one, here), (&self.other, there)])
     }
 }
 
@@ -126,7 +94,7 @@ fn empty_pages_become_the_zero_page(ksm: &Ksm) -> Result<()> {
     } = Pair::of_zero_pages(ksm)?;
     for (child, region) in [(&one, here), (&other, there)] {
         ensure!(
-            zero_pages(child, region)? == PAGES,
+            zero_pages::of(child, region)? == PAGES,
             "not all empty pages are the zero page"
         );
         ensure!(
@@ -140,7 +108,7 @@ fn empty_pages_become_the_zero_page(ksm: &Ksm) -> Result<()> {
         procfs::ksm_stat(one.pid(), "ksm_rmap_items")? == 0,
         "zero pages are tracked"
     );
-    expect_zero_pages(ksm, &[(&one, PAGES), (&other, PAGES)])?;
+    zero_pages::expect(ksm, &[(&one, PAGES), (&other, PAGES)])?;
     let profit = ksm.read_signed("general_profit")?;
     ensure!(
         profit == (2 * PAGES * 4096) as i64,
@@ -167,13 +135,13 @@ fn the_zero_page_is_for_empty_pages_only(ksm: &Ksm) -> Result<()> {
     }
     replace_all(ksm, PAGES - bytes.len())?;
     ksm.scan_passes(3)?;
-    expect_zero_pages(ksm, &[(&child, PAGES - bytes.len())])?;
+    zero_pages::expect(ksm, &[(&child, PAGES - bytes.len())])?;
     let zero = Content::Zero.page(0);
     let mut wanted = Content::Zero.checksums(PAGES);
     for (page, offset) in bytes {
         wanted[page] = zero.clone().with_byte(offset, b'!').checksum();
         ensure!(
-            zero_pages(&child, region.part(page, 1))? == 0,
+            zero_pages::of(&child, region.part(page, 1))? == 0,
             "page {page} is not empty, but the zero page"
         );
     }
@@ -190,7 +158,7 @@ fn a_write_takes_one_zero_page_away(ksm: &Ksm) -> Result<()> {
         pair.one.fill(new, Content::Distinct(1))?;
         pair.expect(ksm, PAGES - written, PAGES)?;
         ensure!(
-            zero_pages(&pair.one, pair.here)? == PAGES - written,
+            zero_pages::of(&pair.one, pair.here)? == PAGES - written,
             "a page that was written to is still the zero page"
         );
         pair.one.verify(new, Content::Distinct(1))?;
@@ -232,11 +200,11 @@ fn unmergeable_advice_takes_zero_pages_away(ksm: &Ksm) -> Result<()> {
     pair.one.advise(part, libc::MADV_UNMERGEABLE)?;
     pair.expect(ksm, PAGES - 16, PAGES)?;
     ensure!(
-        zero_pages(&pair.one, part)? == 0,
+        zero_pages::of(&pair.one, part)? == 0,
         "zero pages are left where nothing is to be merged"
     );
     ensure!(
-        zero_pages(&pair.one, pair.here)? == PAGES - 16,
+        zero_pages::of(&pair.one, pair.here)? == PAGES - 16,
         "zero pages outside the part are gone"
     );
     ksm.scan_passes(3)?;
@@ -250,7 +218,7 @@ fn zero_pages_are_inherited_and_go_with_the_process(ksm: &Ksm) -> Result<()> {
     let mut child = pair.one.fork()?;
     let counts = |ksm, pair: &Pair, child: &Child, wanted: [usize; 3]| {
         let [here, there, childs] = wanted;
-        expect_zero_pages(
+        zero_pages::expect(
             ksm,
             &[(&pair.one, here), (&pair.other, there), (child, childs)],
         )
@@ -273,7 +241,7 @@ fn zero_pages_are_inherited_and_go_with_the_process(ksm: &Ksm) -> Result<()> {
         })
     };
     gone((PAGES + PAGES - 7) as u64)?;
-    expect_zero_pages(ksm, &[(&other, PAGES), (&child, PAGES - 7)])?;
+    zero_pages::expect(ksm, &[(&other, PAGES), (&child, PAGES - 7)])?;
     child.kill()?;
     gone(PAGES as u64)?;
     other.kill()?;
@@ -284,21 +252,21 @@ fn run_2_takes_all_zero_pages_away(ksm: &Ksm) -> Result<()> {
     let mut pair = Pair::of_zero_pages(ksm)?;
     let mut child = pair.one.fork()?;
     ksm.unmerge()?;
-    expect_zero_pages(ksm, &[(&pair.one, 0), (&pair.other, 0), (&child, 0)])?;
+    zero_pages::expect(ksm, &[(&pair.one, 0), (&pair.other, 0), (&child, 0)])?;
     for (child, region) in [
         (&mut pair.one, pair.here),
         (&mut pair.other, pair.there),
         (&mut child, pair.here),
     ] {
         ensure!(
-            zero_pages(child, region)? == 0,
+            zero_pages::of(child, region)? == 0,
             "run=2 has left zero pages in process {}",
             child.pid()
         );
         child.verify(region, Content::Zero)?;
     }
     replace_all(ksm, 3 * PAGES)?;
-    expect_zero_pages(
+    zero_pages::expect(
         ksm,
         &[(&pair.one, PAGES), (&pair.other, PAGES), (&child, PAGES)],
     )?;
@@ -321,7 +289,7 @@ fn zero_pages_can_be_had_and_given_up_at_any_time(ksm: &Ksm) -> Result<()> {
     replace_all(ksm, 2 * PAGES + 8)?;
     pair.expect(ksm, PAGES, PAGES + 8)?;
     ensure!(
-        zero_pages(&pair.other, again)? == 8,
+        zero_pages::of(&pair.other, again)? == 8,
         "empty pages are not replaced again"
     );
     pair.one.verify(more, Content::Zero)?;
@@ -337,6 +305,6 @@ fn a_merged_empty_page_stays_merged(ksm: &Ksm) -> Result<()> {
     ksm.write("use_zero_pages", 1)?;
     passes.make(3)?;
     ksm.expect(Counters::merged(1, PAGES as u64 - 1))?;
-    expect_zero_pages(ksm, &[(&child, 0)])?;
+    zero_pages::expect(ksm, &[(&child, 0)])?;
     child.verify(region, Content::Zero)
 }

@@ -11,7 +11,6 @@ use anyhow::ensure;
 use ksm_e2e::Child;
 use ksm_e2e::Content;
 use ksm_e2e::Ksm;
-use ksm_e2e::Region;
 use ksm_e2e::delays::Hits;
 use ksm_e2e::delays::rounds;
 use ksm_e2e::ksm::Counters;
@@ -22,6 +21,7 @@ use ksm_e2e::procfs;
 use ksm_e2e::slow_file::SlowFile;
 use ksm_e2e::wait;
 use ksm_e2e::wait::PATIENCE;
+use ksm_e2e::zero_pages;
 
 use crate::stage::CONTENT;
 use crate::stage::OTHER;
@@ -385,20 +385,6 @@ fn begin_fork(parent: &mut Child) -> Result<UnixStream> {
     Ok(forking)
 }
 
-fn expect_zero_pages(ksm: &Ksm, wanted: [(&Child, usize); 2]) -> Result<()> {
-    for (child, pages) in wanted {
-        let seen = procfs::ksm_stat(child.pid(), "ksm_zero_pages")?;
-        ensure!(
-            seen == pages as u64,
-            "ksm_zero_pages of one process is {seen}, wanted {pages}"
-        );
-    }
-    let seen = ksm.read("ksm_zero_pages")?;
-    let all = wanted.map(|(_, pages)| pages as u64).iter().sum::<u64>();
-    ensure!(seen == all, "ksm_zero_pages is {seen}, wanted {all}");
-    Ok(())
-}
-
 /// The core copies a process's count of zero pages, then waits for the lock that keeps them as they are.
 fn fork_against_zero_pages_that_go(ksm: &Ksm) -> Result<()> {
     let hits = Hits::none(ksm);
@@ -419,12 +405,12 @@ fn fork_against_zero_pages_that_go(ksm: &Ksm) -> Result<()> {
         window.hit()?;
         let mut child = parent.finish_fork(forking)?;
         writer.finish_write()??;
-        expect_zero_pages(ksm, [(&parent, 0), (&child, 0)])?;
+        zero_pages::expect(ksm, &[(&parent, 0), (&child, 0)])?;
         child.verify(region, Content::Zero)?;
         parent.verify(region, Content::Zero)?;
         child.exit()?;
         parent.exit()?;
-        expect_no_zero_pages(ksm)?;
+        zero_pages::expect(ksm, &[])?;
     }
     hits.expect(rounds())
 }
@@ -444,32 +430,20 @@ fn fork_against_zero_pages_that_come(ksm: &Ksm) -> Result<()> {
         window.hit()?;
         let mut child = parent.finish_fork(forking)?;
         wait::until("all are the zero page", PATIENCE, || {
-            let (ours, theirs) = (zero_pages(&parent, region)?, zero_pages(&child, region)?);
+            let (ours, theirs) = (
+                zero_pages::of(&parent, region)?,
+                zero_pages::of(&child, region)?,
+            );
             Ok(ours == ZEROES && theirs == ZEROES)
         })?;
         ksm.stop()?;
-        expect_zero_pages(ksm, [(&parent, ZEROES), (&child, ZEROES)])?;
+        zero_pages::expect(ksm, &[(&parent, ZEROES), (&child, ZEROES)])?;
         child.verify(region, Content::Zero)?;
         child.exit()?;
         parent.exit()?;
-        expect_no_zero_pages(ksm)?;
+        zero_pages::expect(ksm, &[])?;
     }
     hits.expect(rounds())
-}
-
-/// How many pages of a region are the zero page.
-fn zero_pages(child: &Child, region: Region) -> Result<usize> {
-    let mut zeroes = 0;
-    for pfn in child.pfns(region)? {
-        zeroes += usize::from(pfn.flags()?.zero_page());
-    }
-    Ok(zeroes)
-}
-
-fn expect_no_zero_pages(ksm: &Ksm) -> Result<()> {
-    let left = ksm.read("ksm_zero_pages")?;
-    ensure!(left == 0, "of exited processes {left} zero pages are left");
-    Ok(())
 }
 
 /// A page of a file's private mapping goes just as it is to be unmerged: it must not be asked for again, as the file system

@@ -34,6 +34,7 @@ pub mod trace;
 pub mod userfault;
 pub mod wait;
 pub mod world;
+pub mod zero_pages;
 
 pub use child::Child;
 pub use ksm::Ksm;
