@@ -49,6 +49,7 @@ use crate::{
     stock::Stock,
     trace,
     tracepoints,
+    unmerge::Unmerged,
     workers::Workers, //
 };
 use kernel::{
@@ -77,6 +78,9 @@ const RETRY_MILLISECS: u32 = 100;
 
 /// How often the first thread looks for address spaces to bury while others still scan.
 const BURIAL_MILLISECS: u32 = 20;
+
+/// How long to wait before an mmap lock that somebody else has is tried again.
+const LOCK_PAUSE: Delta = Delta::from_millis(1);
 
 /// How often unload tries again to undo all merges, and how long it waits in between.
 const UNLOAD_TRIES: usize = 100;
@@ -341,26 +345,42 @@ impl Ksm {
     /// Gives every merged page of every address space a page of its own. Sleeps.
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
-    /// to go on with the others and return the error at the end.
+    /// to go on with the others and return the error at the end. One whose mmap lock is not to be had is waited for if
+    /// `give_up` is set; else that is `Err(EBUSY)`.
     fn unmerge_all(&self, give_up: bool) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
         let mut at = self.engine().engine.start_unmerging();
         loop {
             let mut guard = self.engine();
-            if let Err(error) = self.take_in(&mut guard) {
+            let taken_in = self.take_in(&mut guard);
+            if let Err(error) = taken_in {
                 // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
                 result = Err(error);
             }
+            let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
-                Ok(true) => {}
-                Ok(false) => break,
+                Ok(Unmerged::Some) => {}
+                Ok(Unmerged::All) if taken_in == Ok(true) => {}
+                Ok(Unmerged::All) => break,
+                Ok(Unmerged::Locked) => wait = true,
+                Ok(Unmerged::Unreachable) if give_up => {
+                    guard.engine.put_off(&mut at);
+                    wait = true;
+                }
+                Ok(Unmerged::Unreachable) => {
+                    result = Err(EBUSY);
+                    guard.engine.skip(&mut at);
+                }
                 Err(error) => {
                     result = Err(error);
                     guard.engine.skip(&mut at);
                 }
             }
             drop(guard);
+            if wait {
+                fsleep(LOCK_PAUSE);
+            }
             delay::at(Point::Unmerging);
             if give_up {
                 result?;
@@ -377,22 +397,35 @@ impl Ksm {
         result
     }
 
-    /// Adopts fresh address spaces. Sleeps. On failure the rest stays fresh.
-    fn take_in(&self, state: &mut State) -> Result {
+    /// Adopts fresh address spaces, a batch of them at the most. Returns whether there are more. Sleeps. On failure the rest
+    /// stays fresh.
+    fn take_in(&self, state: &mut State) -> Result<bool> {
         if self.registry.take_missed() {
             tracepoints::visit_existing(&*self.registry);
         }
         let slots = &mut state.engine.slots;
-        while self.registry.has_fresh() {
+        for _ in 0..BATCH_PAGES {
+            if !self.registry.has_fresh() {
+                return Ok(false);
+            }
             let slot = slots
                 .reserve()
                 .inspect_err(|_| self.stats.alloc_failures.up())?;
             let Some(space) = self.registry.adopt(slot) else {
-                break;
+                return Ok(false);
             };
             delay::at(Point::Adopting);
             trace::enter(space.key());
             slots.insert(slot, space);
+        }
+        Ok(self.registry.has_fresh())
+    }
+
+    /// Adopts fresh address spaces until there are none, or this is not what is wanted any more. Sleeps. On failure the rest
+    /// stays fresh.
+    fn take_all_in(&self) -> Result {
+        while !self.should_pause() && self.take_in(&mut self.engine())? {
+            mm::breathe();
         }
         Ok(())
     }
@@ -485,6 +518,12 @@ impl Ksm {
                 Begun::Later(pages) => {
                     state.turn.budget = state.turn.budget.saturating_sub(pages);
                 }
+                Begun::Locked(pages) => {
+                    state.turn.budget = state.turn.budget.saturating_sub(pages);
+                    drop(guard);
+                    fsleep(LOCK_PAUSE);
+                    continue;
+                }
                 Begun::Nothing | Begun::PassDone => {
                     state.turn.open = false;
                     break;
@@ -556,7 +595,7 @@ impl Ksm {
         }
         if left > 0 {
             pr_warn!(
-                "{left} KSM pages could not be unmerged, as there is no memory or a process hangs in its exit; they stay shared until they are written to\n"
+                "{left} KSM pages could not be unmerged, as there is no memory, or a process hangs in its exit or keeps its mmap lock; they stay shared until they are written to\n"
             );
         }
         // Of what was left, address spaces still count what was known.
@@ -572,7 +611,7 @@ impl Work for Ksm {
             while self.registry.has_dead() && !kthread::should_stop() {
                 self.bury_some();
             }
-            if self.knobs.run() == Run::Merge && self.take_in(&mut self.engine()).is_err() {
+            if self.take_all_in().is_err() {
                 // No place for an address space; memory may come back.
                 self.registry
                     .bell()

@@ -122,8 +122,8 @@ impl Engine {
                 return;
             }
         }
-        if !matches!(seen, Seen::Merged(..)) && self.is_merged_now(id) {
-            // By one before it in the batch, or by another thread, after it was seen.
+        if !matches!(seen, Seen::Merged(..)) && self.may_be_merged_now(id) {
+            // By one before it in the batch, or by another thread, after it was seen; or the next pass finds that it is not.
             return;
         }
         match seen {
@@ -138,22 +138,26 @@ impl Engine {
         }
     }
 
-    /// Whether an item that says it is merged still maps its node's page. Sleeps.
-    fn is_merged_now(&self, id: Id) -> bool {
+    /// Whether an item that says it is merged may still map its node's page. Sleeps.
+    fn may_be_merged_now(&self, id: Id) -> bool {
         let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) else {
             return false;
         };
         let node = self.rmaps.get(rmap).and_then(|rmap| rmap.node);
-        node.is_some_and(|node| self.maps_page_of(id, node))
+        node.is_some_and(|node| self.maps_page_of(id, node) != Some(false))
     }
 
-    /// Whether a node's page is what is mapped in the item's place. Sleeps.
-    fn maps_page_of(&self, id: Id, node: Id) -> bool {
+    /// Whether a node's page is what is mapped in the item's place. `None`: that cannot be told, as the mmap lock is not to be
+    /// had. Sleeps.
+    fn maps_page_of(&self, id: Id, node: Id) -> Option<bool> {
         let Some(node) = self.stable.node(node) else {
-            return false;
+            return Some(false);
         };
-        self.fetch(id)
-            .is_some_and(|page| page.is_ksm() && node.stands_for(&page))
+        match self.fetch(id) {
+            Ok(page) => Some(page.is_ksm() && node.stands_for(&page)),
+            Err(NotMerged::Busy) => None,
+            Err(_) => Some(false),
+        }
     }
 
     fn consider_page(
@@ -246,7 +250,7 @@ impl Engine {
     fn consider_merged(&mut self, id: Id, node_id: Id, nid: usize, domain: Domain) {
         if self.stable.domain(node_id).is_some_and(|of| of != domain) {
             // Else the page has been replaced since it was seen, which the next pass finds.
-            if self.maps_page_of(id, node_id) {
+            if self.maps_page_of(id, node_id) == Some(true) {
                 self.part(id, node_id);
             }
             return;
@@ -276,9 +280,9 @@ impl Engine {
     /// merged, or was forked by one that did. Sleeps.
     fn part(&mut self, id: Id, node_id: Id) {
         self.unshare(id);
-        // It stays if there is no memory for a copy: the next pass tries again, and as long as the mapping is there, the core
-        // must find it.
-        let stays = self.maps_page_of(id, node_id);
+        // It stays if there is no memory for a copy, or the mmap lock is not to be had: the next pass tries again, and as long
+        // as the mapping may be there, the core must find it.
+        let stays = self.maps_page_of(id, node_id) != Some(false);
         if let Some(State::Merged(rmap)) = self.items.get(id).map(PageItem::state) {
             if stays && self.rmaps.get(rmap).and_then(|rmap| rmap.node) == Some(node_id) {
                 return;
@@ -581,16 +585,18 @@ impl Engine {
 
     /// Whether the pages of two items are worth a try, without touching either; splits those of huge pages.
     fn check_pair(&self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
-        let page = self.fetch_replaceable(id).ok_or(NotMerged::Gone)?;
+        let page = self.fetch_replaceable(id)?;
         if page.has_other_users() {
             return Err(NotMerged::Busy);
         }
-        let other_page = self.fetch_replaceable(other).ok_or(NotMerged::Different)?;
+        // One that cannot be had must not keep those behind it from merging with each other, nor one that cannot be merged.
+        let other_page = self
+            .fetch_replaceable(other)
+            .map_err(|_| NotMerged::Different)?;
         if page.is(&other_page) || page.is_ksm() {
             // Shared by a fork, or merged in some other way.
             return Err(NotMerged::Gone);
         }
-        // A page that cannot be merged must not keep those behind it from merging with each other.
         if other_page.has_other_users() || other_page.is_ksm() || !page.same_contents(&other_page) {
             return Err(NotMerged::Different);
         }
@@ -606,7 +612,7 @@ impl Engine {
         }
         drop(page);
         if other_large {
-            let page = self.fetch(other).ok_or(NotMerged::Different)?;
+            let page = self.fetch(other).map_err(|_| NotMerged::Different)?;
             if page.is_large() {
                 // One that is pinned cannot be split, and must not keep others from merging either.
                 let split = page.try_lock().ok_or(NotMerged::Different)?.split();
@@ -638,7 +644,8 @@ impl Engine {
         })
     }
 
-    /// Does something with the page of an item, where it is mapped now. `Gone`: there is none. Sleeps.
+    /// Does something with the page of an item, where it is mapped now. `Gone`: there is none. `Busy`: the mmap lock is not to
+    /// be had. Sleeps.
     fn in_place<T>(
         &self,
         id: Id,
@@ -646,7 +653,7 @@ impl Engine {
     ) -> Result<T, NotMerged> {
         let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
         let entered = space.enter().ok_or(NotMerged::Gone)?;
-        let locked = entered.lock();
+        let locked = entered.try_lock().ok_or(NotMerged::Busy)?;
         let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
         let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
         work(&vma, address, page)
@@ -658,14 +665,16 @@ impl Engine {
         self.unshare(id);
     }
 
-    /// Gives the item's address a page of its own, if a KSM page is mapped there. What cannot be copied now stays a KSM
-    /// page, which the next pass finds. Sleeps.
+    /// Gives the item's address a page of its own, if a KSM page is mapped there. What cannot be copied now, for want of
+    /// memory or of the mmap lock, stays a KSM page, which the next pass finds. Sleeps.
     fn unshare(&self, id: Id) {
         let Some((space, address)) = self.place_of(id) else {
             return;
         };
         let Some(entered) = space.enter() else { return };
-        let locked = entered.lock();
+        let Some(locked) = entered.try_lock() else {
+            return;
+        };
         let Some(vma) = locked.mergeable_at(address) else {
             return;
         };
@@ -675,24 +684,17 @@ impl Engine {
         }
     }
 
-    /// The page of an item, with a reference. Sleeps.
-    fn fetch(&self, id: Id) -> Option<PageRef> {
-        let (space, address) = self.place_of(id)?;
-        let entered = space.enter()?;
-        let locked = entered.lock();
-        locked.mergeable_at(address)?.page_at(address)
+    /// The page of an item, with a reference. `Gone`: there is none. `Busy`: the mmap lock is not to be had. Sleeps.
+    fn fetch(&self, id: Id) -> Result<PageRef, NotMerged> {
+        self.in_place(id, |_, _, page| Ok(page))
     }
 
-    /// The page of an item, with a reference, if another one may be mapped in its place. Sleeps.
-    fn fetch_replaceable(&self, id: Id) -> Option<PageRef> {
-        let (space, address) = self.place_of(id)?;
-        let entered = space.enter()?;
-        let locked = entered.lock();
-        let vma = locked.mergeable_at(address)?;
-        if vma.awaits_access(address) {
-            return None;
-        }
-        vma.page_at(address)
+    /// As [`Engine::fetch`]; also `Gone`: no other page may be mapped in its place.
+    fn fetch_replaceable(&self, id: Id) -> Result<PageRef, NotMerged> {
+        self.in_place(id, |vma, address, page| match vma.awaits_access(address) {
+            true => Err(NotMerged::Gone),
+            false => Ok(page),
+        })
     }
 
     fn space_of(&self, id: Id) -> Option<&AddressSpace> {

@@ -60,6 +60,8 @@ pub(crate) struct Cursor {
     last: Id,
     /// A thread is at work with it.
     held: bool,
+    /// How often the mmap lock could not be had, one time after the other.
+    tries: u32,
     /// How often it was sent back: what was gathered before that is out of date.
     rewinds: u32,
 }
@@ -71,6 +73,7 @@ impl Default for Cursor {
             address: 0,
             last: Id::NIL,
             held: false,
+            tries: 0,
             rewinds: 0,
         }
     }
@@ -80,6 +83,7 @@ impl Cursor {
     /// To the start of another address space, or out of use.
     pub(crate) fn enter(&mut self, slot: Option<SlotId>) {
         self.slot = slot;
+        self.tries = 0;
         self.rewind();
     }
 
@@ -172,6 +176,8 @@ pub(crate) struct Batch {
     resume: usize,
     /// How many items may be made for it.
     room: usize,
+    /// What was freed before it was gathered, as so many pages.
+    charged: usize,
     /// The CPU time of the thread that the engine knows of, in nanoseconds.
     cpu: u64,
 }
@@ -200,6 +206,7 @@ impl Batch {
             rewinds: 0,
             resume: 0,
             room: 0,
+            charged: 0,
             cpu: 0,
         })
     }
@@ -229,12 +236,32 @@ pub(crate) fn room_for_items(items: usize, pages: impl FnOnce() -> usize) -> usi
     }
 }
 
-/// What [`Engine::free_items_before`] has freed.
-#[derive(Default)]
-struct Freed {
-    items: usize,
-    /// None is left.
-    all: bool,
+/// What one call of [`Engine::begin`] has done, other than looking at pages, while it has the engine for itself.
+struct Effort {
+    /// How many page tables, VMAs and address spaces without pages it may still pass.
+    steps: usize,
+    /// Items freed.
+    freed: usize,
+}
+
+impl Effort {
+    /// None so far.
+    fn none() -> Self {
+        Self {
+            steps: MOST_STEPS,
+            freed: 0,
+        }
+    }
+
+    /// How many pages could have been looked at in the time of freeing.
+    fn pages(&self) -> usize {
+        self.freed / FREED_PER_PAGE
+    }
+
+    /// Whether it is enough for a call that may look at `limit` pages.
+    fn is_enough(&self, limit: usize) -> bool {
+        self.steps == 0 || self.freed >= BATCH_PAGES || self.pages() >= limit
+    }
 }
 
 /// How a call of [`Engine::begin`] ended.
@@ -244,6 +271,8 @@ pub(crate) enum Begun {
     Batch,
     /// Nothing yet, for the price of looking at this many pages; the pass goes on.
     Later(usize),
+    /// As before, but nothing is to be had until somebody has let go of an mmap lock, or has had time enough to.
+    Locked(usize),
     /// There is nothing to scan.
     Nothing,
     /// What is left of the pass is in the hands of other threads.
@@ -258,6 +287,8 @@ enum Gathered {
     Pages(usize),
     /// None yet, as somebody waits for the mmap lock, or there is much to free before; go on from this address.
     Later(usize),
+    /// The mmap lock cannot be had.
+    Locked,
     /// No more pages in this address space.
     End,
     /// The address space is being torn down.
@@ -275,12 +306,9 @@ impl Engine {
         pause: impl Fn() -> bool,
     ) -> Begun {
         let limit = budget.min(BATCH_PAGES);
-        let mut spent = 0usize;
-        // Page tables and address spaces without pages cost time too.
-        for _ in 0..BATCH_PAGES {
-            if pause() || spent >= limit {
-                break;
-            }
+        let mut effort = Effort::none();
+        while !pause() && !effort.is_enough(limit) {
+            effort.steps = effort.steps.saturating_sub(1);
             if self.cursors.next.is_none() {
                 if self.slots.is_empty() {
                     return Begun::Nothing;
@@ -298,15 +326,15 @@ impl Engine {
                 return Begun::PassDone;
             };
             let address = self.cursors.get(at).map_or(0, Cursor::address);
-            if !self.free_items_before(at, slot, address).all {
-                // Less work than looking at pages, but work: the thread gets its sleep.
-                spent = spent.saturating_add(BATCH_PAGES / FREED_PER_PAGE);
+            if !self.free_items_before(at, slot, address, &mut effort.freed) {
                 break;
             }
-            match self.gather(batch, at, slot, limit.saturating_sub(spent), policy) {
+            let limit = limit.saturating_sub(effort.pages()).max(1);
+            match self.gather(batch, at, slot, limit, policy, &mut effort) {
                 Gathered::Pages(resume) => {
                     batch.cursor = at;
                     batch.resume = resume;
+                    batch.charged = effort.pages();
                     if let Some(cursor) = self.cursors.get_mut(at) {
                         batch.rewinds = cursor.rewinds;
                         cursor.held = true;
@@ -317,23 +345,46 @@ impl Engine {
                     self.skip_to(at, resume);
                     break;
                 }
+                Gathered::Locked => {
+                    if self.waits_for_lock(at, slot) {
+                        return Begun::Locked(effort.pages());
+                    }
+                    // What is known of it stays as it is, until a pass that can have the lock.
+                    self.leave(at);
+                }
                 Gathered::End => {
                     self.skip_to(at, usize::MAX);
-                    if !self.free_items_before(at, slot, usize::MAX).all {
+                    if !self.free_items_before(at, slot, usize::MAX, &mut effort.freed) {
                         break;
                     }
                     self.leave(at);
                 }
                 Gathered::Exiting => {
                     // It never comes back: its items need not wait for the report of its exit.
-                    if !self.free_items(slot, BATCH_PAGES) {
+                    let most = BATCH_PAGES.saturating_sub(effort.freed);
+                    let known = |engine: &Self| engine.slots.get(slot).map_or(0, |slot| slot.items);
+                    let before = known(self);
+                    let all = self.free_items(slot, most);
+                    let gone = before.saturating_sub(known(self));
+                    effort.freed = effort.freed.saturating_add(gone);
+                    if !all {
                         break;
                     }
                     self.leave(at);
                 }
             }
         }
-        Begun::Later(spent)
+        Begun::Later(effort.pages())
+    }
+
+    /// Notes that a cursor's mmap lock could not be had. Returns whether to wait for it.
+    fn waits_for_lock(&mut self, at: usize, slot: SlotId) -> bool {
+        let Some(cursor) = self.cursors.get_mut(at) else {
+            return false;
+        };
+        cursor.tries = cursor.tries.saturating_add(1);
+        let tries = cursor.tries;
+        (self.slots.get_mut(slot)).is_some_and(|slot| slot.is_worth_waiting_for(tries))
     }
 
     /// Decides on the pages of a batch that [`Engine::begin`] has filled and [`Batch::read`] has read. Returns how
@@ -353,11 +404,11 @@ impl Engine {
             }
             None => None,
         };
-        let mut pages = 0;
+        let mut pages = batch.charged;
         if let Some(slot) = slot {
             if let Some(domain) = self.domain_of(slot) {
                 let (looked_at, all) = self.decide(batch, at, slot, domain, policy, &pause);
-                pages = looked_at;
+                pages = pages.saturating_add(looked_at);
                 if all {
                     self.skip_to(at, batch.resume);
                 }
@@ -445,20 +496,25 @@ impl Engine {
         slot: SlotId,
         limit: usize,
         policy: Policy,
+        effort: &mut Effort,
     ) -> Gathered {
         let Some(entered) = self.slots.get(slot).and_then(|slot| slot.space.enter()) else {
             return Gathered::Exiting;
         };
         let found = &mut batch.found;
         let enough = limit.min(ENOUGH);
-        let locked = entered.lock();
+        let Some(locked) = entered.try_lock() else {
+            return Gathered::Locked;
+        };
         let mut address = self.cursors.get(cursor).map_or(0, Cursor::address);
-        let mut steps = MOST_STEPS;
         let gathered = loop {
-            let (at, more) = match locked.mergeable_from(address, &mut steps) {
+            let (at, more) = match locked.mergeable_from(address, &mut effort.steps) {
                 Next::Vma(vma) => {
-                    let at = vma.gather(address, limit, enough, found, &mut steps);
-                    (at, at >= vma.end() && steps > 0 && !locked.contended())
+                    let at = vma.gather(address, limit, enough, found, &mut effort.steps);
+                    (
+                        at,
+                        at >= vma.end() && effort.steps > 0 && !locked.contended(),
+                    )
                 }
                 Next::From(at) => (at, false),
                 Next::Nothing if found.is_empty() => break Gathered::End,
@@ -474,14 +530,18 @@ impl Engine {
             };
         };
         drop(locked);
-        if let Some(slot) = self.slots.get(slot) {
+        if let Some(cursor) = self.cursors.get_mut(cursor) {
+            cursor.tries = 0;
+        }
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.unreachable = false;
             batch.room = room_for_items(slot.items, || entered.anon_pages());
         }
         drop(entered);
 
         if let Some(first) = batch.found.first().map(|page| page.address) {
             // They may be very many: the pages are found again, from here on, once all of them are freed.
-            if !self.free_items_before(cursor, slot, first).all {
+            if !self.free_items_before(cursor, slot, first, &mut effort.freed) {
                 batch.found.clear();
                 return Gathered::Later(first);
             }
@@ -547,13 +607,10 @@ impl Engine {
         let mut gone = 0usize;
         let mut all = true;
         for (address, what) in batch.seen.iter() {
-            let freed = match pause() {
-                true => Freed::default(),
-                false => self.free_items_before(cursor, slot, *address),
-            };
-            gone = gone.saturating_add(freed.items);
-            if !freed.all {
-                all = false;
+            let mut freed = 0usize;
+            all = !pause() && self.free_items_before(cursor, slot, *address, &mut freed);
+            gone = gone.saturating_add(freed);
+            if !all {
                 break;
             }
             // Without an item, for want of memory or as there are too many of them, it is left alone.
@@ -594,24 +651,28 @@ impl Engine {
         }
     }
 
-    /// Frees the items behind the cursor's last one up to `address`, as no page was found there; a batch of them
-    /// at the most.
-    fn free_items_before(&mut self, cursor: usize, slot: SlotId, address: usize) -> Freed {
+    /// Frees the items behind the cursor's last one up to `address`, as no page was found there, until `freed`, to which
+    /// each is added, is a batch. Returns whether none is left.
+    fn free_items_before(
+        &mut self,
+        cursor: usize,
+        slot: SlotId,
+        address: usize,
+        freed: &mut usize,
+    ) -> bool {
         let last = self.cursors.get(cursor).map_or(Id::NIL, Cursor::last);
-        for items in 0..BATCH_PAGES {
+        while *freed < BATCH_PAGES {
             let next = self.behind(slot, last);
             match self.items.get(next).map(PageItem::address) {
                 Some(at) if at < address && !next.is_nil() => {
                     let behind = self.free_item(slot, next);
                     self.set_behind(slot, last, behind);
                 }
-                _ => return Freed { items, all: true },
+                _ => return true,
             }
+            *freed = freed.saturating_add(1);
         }
-        Freed {
-            items: BATCH_PAGES,
-            all: false,
-        }
+        false
     }
 
     /// The item of a page, which is the one behind the cursor's last, or made now, if there is memory and `room`.

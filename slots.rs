@@ -24,6 +24,22 @@ pub(crate) struct MmSlot {
     pub(crate) unmerged: u32,
     /// Its number among all that there have ever been, from 1.
     pub(crate) serial: u64,
+    /// Its mmap lock could not be had when it was last waited for.
+    pub(crate) unreachable: bool,
+}
+
+/// How often an mmap lock that somebody else has is tried, a millisecond apart, before its address space is passed over.
+const MOST_TRIES: u32 = 20;
+
+impl MmSlot {
+    /// Notes that the mmap lock could not be had, for the last of `tries`. Returns whether to wait for it: once that was in
+    /// vain, one try is enough until it can be had again.
+    pub(crate) fn is_worth_waiting_for(&mut self, tries: u32) -> bool {
+        if self.unreachable || tries >= MOST_TRIES {
+            self.unreachable = true;
+        }
+        !self.unreachable
+    }
 }
 
 /// The table of address spaces.
@@ -89,6 +105,7 @@ impl Slots {
                 unmerged: 0,
                 items: 0,
                 serial: self.serials,
+                unreachable: false,
             });
             self.vacant.pop();
         }

@@ -34,6 +34,8 @@ pub(crate) struct Unmerging {
     address: usize,
     /// All pages are private again; items are being freed.
     unshared: bool,
+    /// How often its mmap lock could not be had, one time after the other.
+    tries: u32,
 }
 
 impl Unmerging {
@@ -43,8 +45,31 @@ impl Unmerging {
             serial,
             address: 0,
             unshared: false,
+            tries: 0,
         }
     }
+}
+
+/// What came of a stretch of unmerging.
+pub(crate) enum Unmerged {
+    /// It is done; there is more.
+    Some,
+    /// All address spaces are.
+    All,
+    /// The mmap lock cannot be had; it is worth waiting for.
+    Locked,
+    /// The mmap lock was waited for in vain.
+    Unreachable,
+}
+
+/// What came of unsharing a stretch of one address space.
+enum Stretch {
+    /// It is private, up to this address.
+    Until(usize),
+    /// There is none left.
+    Last,
+    /// The mmap lock cannot be had.
+    Locked,
 }
 
 impl Engine {
@@ -55,13 +80,14 @@ impl Engine {
         Unmerging::of(0, 0)
     }
 
-    /// Unmerges the next stretch of memory. `false`: all address spaces are done. Sleeps.
+    /// Unmerges the next stretch of memory. Sleeps.
     ///
     /// `Err(ENOMEM)`: there was no memory for private pages of one address space; nothing is lost, the rest of it
-    /// stays merged. The next call tries the same again, unless [`Engine::skip`] is called before.
-    pub(crate) fn unmerge_some(&mut self, at: &mut Unmerging) -> Result<bool> {
+    /// stays merged. The next call tries the same again, as after `Locked` and `Unreachable`, unless [`Engine::skip`] or
+    /// [`Engine::put_off`] is called before.
+    pub(crate) fn unmerge_some(&mut self, at: &mut Unmerging) -> Result<Unmerged> {
         let Some(slot) = self.slots.next_of_round(at.slot, self.round) else {
-            return Ok(false);
+            return Ok(Unmerged::All);
         };
         let serial = self.slots.get(slot).map_or(0, |slot| slot.serial);
         if (slot, serial) != (at.slot, at.serial) {
@@ -69,13 +95,27 @@ impl Engine {
         }
         if !at.unshared {
             match self.unshare_stretch(slot, at.address)? {
-                Some(address) => at.address = address,
-                None => at.unshared = true,
+                Stretch::Until(address) => at.address = address,
+                Stretch::Last => at.unshared = true,
+                Stretch::Locked => {
+                    at.tries = at.tries.saturating_add(1);
+                    let slot = self.slots.get_mut(slot);
+                    return Ok(
+                        match slot.is_some_and(|slot| slot.is_worth_waiting_for(at.tries)) {
+                            true => Unmerged::Locked,
+                            false => Unmerged::Unreachable,
+                        },
+                    );
+                }
+            }
+            at.tries = 0;
+            if let Some(slot) = self.slots.get_mut(slot) {
+                slot.unreachable = false;
             }
         } else if self.free_items(slot, BATCH_PAGES) {
             self.skip(at);
         }
-        Ok(true)
+        Ok(Unmerged::Some)
     }
 
     /// Goes on with the next address space, the current one being done or hopeless.
@@ -86,23 +126,30 @@ impl Engine {
         *at = Unmerging::of(at.slot.saturating_add(1), 0);
     }
 
-    /// Makes pages from `address` on private again; returns the address to go on from.
-    fn unshare_stretch(&self, slot: SlotId, address: usize) -> Result<Option<usize>> {
+    /// Goes on with the next address space, and comes back to the current one when the others are done.
+    pub(crate) fn put_off(&mut self, at: &mut Unmerging) {
+        *at = Unmerging::of(at.slot.saturating_add(1), 0);
+    }
+
+    /// Makes pages from `address` on private again.
+    fn unshare_stretch(&self, slot: SlotId, address: usize) -> Result<Stretch> {
         let Some(entered) = self.slots.get(slot).and_then(|slot| slot.space.enter()) else {
             // All of it is about to be unmapped.
-            return Ok(None);
+            return Ok(Stretch::Last);
         };
-        let locked = entered.lock();
+        let Some(locked) = entered.try_lock() else {
+            return Ok(Stretch::Locked);
+        };
         let mut steps = MOST_STEPS;
         let vma = match locked.mergeable_from(address, &mut steps) {
             Next::Vma(vma) => vma,
-            Next::From(address) => return Ok(Some(address)),
-            Next::Nothing => return Ok(None),
+            Next::From(address) => return Ok(Stretch::Until(address)),
+            Next::Nothing => return Ok(Stretch::Last),
         };
         let from = address.max(vma.start());
         let to = from.saturating_add(STRETCH).min(vma.end());
         vma.unshare(from, to)?;
-        Ok(Some(to))
+        Ok(Stretch::Until(to))
     }
 
     /// Frees what is known of an address space that has exited, `most` items at the most. Returns whether it

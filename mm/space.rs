@@ -90,13 +90,16 @@ impl Entered {
         unsafe { bindings::ksm_rs_mm_anon_pages(self.mm.as_raw()) }
     }
 
-    /// Read-locks the address space. Sleeps.
-    pub(crate) fn lock(&self) -> Locked<'_> {
+    /// Read-locks the address space, unless somebody has it locked for writing or waits to. Does not sleep.
+    ///
+    /// They may take as long as they like, if a file system of theirs has to answer first (FUSE); so nobody waits for that
+    /// with a lock of ours.
+    pub(crate) fn try_lock(&self) -> Option<Locked<'_>> {
         let mm: &MmWithUser = &self.mm;
-        Locked {
-            guard: mm.mmap_read_lock(),
+        Some(Locked {
+            guard: mm.mmap_read_trylock()?,
             mm: mm.as_raw(),
-        }
+        })
     }
 }
 

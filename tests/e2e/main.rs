@@ -21,6 +21,7 @@ mod hugepages;
 mod hwpoison;
 mod knobs;
 mod lifecycle;
+mod locked;
 mod merge_scope;
 mod merging;
 mod numa;
@@ -79,6 +80,7 @@ fn main() -> anyhow::Result<()> {
     if !ksm.is_stock() {
         tests.extend(threads::tests());
         tests.extend(hostility::tests());
+        tests.extend(locked::tests());
         tests.extend(merge_scope::tests());
     }
     tests.extend(hwpoison::tests());
@@ -87,6 +89,7 @@ fn main() -> anyhow::Result<()> {
     if !ksm.is_stock() {
         tests.extend(events::module_tests());
         tests.extend(exhaustion::module_tests());
+        tests.extend(locked::module_tests());
         tests.extend(lifecycle::tests());
         tests.extend(refusals::tests());
         tests.extend(ground::tests());
