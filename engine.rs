@@ -362,6 +362,9 @@ impl Engine {
     /// are gone. Sleeps.
     pub(crate) fn free_items(&mut self, slot: SlotId, most: usize) -> bool {
         self.cursors.rewind(slot);
+        if let Some(slot) = self.slots.get_mut(slot) {
+            slot.left_at = None;
+        }
         for _ in 0..most {
             let Some(first) = self.slots.get(slot).map(|slot| slot.first) else {
                 return true;

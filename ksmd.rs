@@ -79,8 +79,9 @@ const RETRY_MILLISECS: u32 = 100;
 /// How often the first thread looks for address spaces to bury while others still scan.
 const BURIAL_MILLISECS: u32 = 20;
 
-/// How long to wait before an mmap lock that somebody else has is tried again.
+/// How long to wait before an mmap lock that somebody else has is tried again, and how often whoever unmerges does so in all.
 const LOCK_PAUSE: Delta = Delta::from_millis(1);
+const LOCK_PAUSES: u32 = 10_000;
 
 /// How often unload tries again to undo all merges, and how long it waits in between.
 const UNLOAD_TRIES: usize = 100;
@@ -212,7 +213,7 @@ impl Ksm {
 
     /// Carries out a write to `run`. Sleeps.
     ///
-    /// `Err(ENOMEM)`, `Err(ENOSPC)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
+    /// `Err(ENOMEM)`, `Err(ENOSPC)`, `Err(EAGAIN)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
     pub(crate) fn set_run(&self, run: Run) -> Result {
         let _control = self.control.lock();
         let same = self.knobs.run() == run;
@@ -225,7 +226,8 @@ impl Ksm {
         }
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
-            let undone = self.unmerge_all(true);
+            let mut pauses = LOCK_PAUSES;
+            let undone = self.unmerge_all(true, &mut pauses);
             if undone.is_err() {
                 self.knobs.set_run(Run::Stop);
                 self.stock.set_unmerging(false);
@@ -345,9 +347,9 @@ impl Ksm {
     /// Gives every merged page of every address space a page of its own. Sleeps.
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
-    /// to go on with the others and return the error at the end. One whose mmap lock is not to be had is waited for if
-    /// `give_up` is set; else that is `Err(EBUSY)`.
-    fn unmerge_all(&self, give_up: bool) -> Result {
+    /// to go on with the others and return the error at the end. `Err(EAGAIN)`: the mmap lock of one was not to be had in
+    /// the time that is left for that, as a number of pauses.
+    fn unmerge_all(&self, give_up: bool, pauses: &mut u32) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
         let mut at = self.engine().engine.start_unmerging();
@@ -358,18 +360,19 @@ impl Ksm {
                 // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
                 result = Err(error);
             }
+            let patient = *pauses > 0 && !kthread::killed();
             let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
                 Ok(Unmerged::Some) => {}
                 Ok(Unmerged::All) if taken_in == Ok(true) => {}
                 Ok(Unmerged::All) => break,
-                Ok(Unmerged::Locked) => wait = true,
-                Ok(Unmerged::Unreachable) if give_up => {
+                Ok(Unmerged::Locked) if patient => wait = true,
+                Ok(Unmerged::Unreachable) if patient && give_up => {
                     guard.engine.put_off(&mut at);
                     wait = true;
                 }
-                Ok(Unmerged::Unreachable) => {
-                    result = Err(EBUSY);
+                Ok(Unmerged::Locked | Unmerged::Unreachable) => {
+                    result = Err(EAGAIN);
                     guard.engine.skip(&mut at);
                 }
                 Err(error) => {
@@ -379,6 +382,7 @@ impl Ksm {
             }
             drop(guard);
             if wait {
+                *pauses = pauses.saturating_sub(1);
                 fsleep(LOCK_PAUSE);
             }
             delay::at(Point::Unmerging);
@@ -412,7 +416,11 @@ impl Ksm {
                 .reserve()
                 .inspect_err(|_| self.stats.alloc_failures.up())?;
             let Some(space) = self.registry.adopt(slot) else {
-                return Ok(false);
+                // Either it has exited, or there was no memory to note it.
+                return match self.registry.has_fresh() {
+                    true => Err(ENOMEM),
+                    false => Ok(false),
+                };
             };
             delay::at(Point::Adopting);
             trace::enter(space.key());
@@ -421,10 +429,11 @@ impl Ksm {
         Ok(self.registry.has_fresh())
     }
 
-    /// Adopts fresh address spaces until there are none, or this is not what is wanted any more. Sleeps. On failure the rest
-    /// stays fresh.
+    /// Adopts fresh address spaces until there are none, or nobody wants that any more. Sleeps. On failure the rest stays
+    /// fresh.
     fn take_all_in(&self) -> Result {
-        while !self.should_pause() && self.take_in(&mut self.engine())? {
+        let wanted = || self.knobs.run() == Run::Merge && !kthread::should_stop();
+        while wanted() && self.take_in(&mut self.engine())? {
             mm::breathe();
         }
         Ok(())
@@ -502,6 +511,7 @@ impl Ksm {
             if budget == 0 || !state.turn.open {
                 break;
             }
+            let mut wait = false;
             match state.engine.begin(batch, budget, self.policy(), pause) {
                 Begun::Batch => {
                     // Nobody else may spend it meanwhile.
@@ -520,9 +530,7 @@ impl Ksm {
                 }
                 Begun::Locked(pages) => {
                     state.turn.budget = state.turn.budget.saturating_sub(pages);
-                    drop(guard);
-                    fsleep(LOCK_PAUSE);
-                    continue;
+                    wait = true;
                 }
                 Begun::Nothing | Begun::PassDone => {
                     state.turn.open = false;
@@ -533,6 +541,10 @@ impl Ksm {
             drop(guard);
             if first && self.registry.has_dead() {
                 self.bury_some();
+            }
+            if wait {
+                fsleep(LOCK_PAUSE);
+                self.engine().engine.waited(batch);
             }
             mm::breathe();
         }
@@ -576,8 +588,9 @@ impl Ksm {
         self.stop_workers(&mut workers, 0);
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
+        let mut pauses = LOCK_PAUSES;
         for left in (0..UNLOAD_TRIES).rev() {
-            let undone = self.unmerge_all(false);
+            let undone = self.unmerge_all(false, &mut pauses);
             while self.registry.has_dead() {
                 self.bury_some();
             }

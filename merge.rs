@@ -48,7 +48,10 @@ use crate::{
     },
     trace, //
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::Delta, //
+};
 
 /// What was seen at an address.
 #[derive(Clone, Copy)]
@@ -73,6 +76,11 @@ pub(crate) enum Seen {
 /// How many pages of the same hash one page is compared with in either tree, at the most: more is wasted on pages that
 /// change, or cannot be merged. Whoever knew the key of the hash could otherwise make a search as long as they like.
 const MOST_CANDIDATES: usize = 16;
+
+/// How often the mmap lock is tried before a merge that has to be taken back is left so until the next pass, and the time in
+/// between. Until then reclaim and migration can do nothing with the page: worth a wait, though not a long one.
+const UNSHARE_TRIES: u32 = 10;
+const UNSHARE_PAUSE: Delta = Delta::from_micros(100);
 
 /// How a search in a tree ended.
 enum Found {
@@ -132,7 +140,7 @@ impl Engine {
             Seen::Foreign => {
                 self.detach(id);
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
-                self.unshare(id);
+                self.unshare(id, 1);
             }
             Seen::Unread | Seen::Skipped => {}
         }
@@ -155,7 +163,7 @@ impl Engine {
         };
         match self.fetch(id) {
             Ok(page) => Some(page.is_ksm() && node.stands_for(&page)),
-            Err(NotMerged::Busy) => None,
+            Err(NotMerged::Locked) => None,
             Err(_) => Some(false),
         }
     }
@@ -198,12 +206,13 @@ impl Engine {
             return;
         }
         if zero {
-            // A mapping that is gone needs nothing more; otherwise an empty page is a page like others.
+            // A mapping that is gone needs nothing more, and one that cannot be looked at has to wait; otherwise an empty page
+            // is a page like others.
             let mapped = self.map_zero_page(id);
             if let Some(space) = self.space_of(id) {
                 trace::merge_one_page(mm::zero::pfn(), 0, space.key(), errno_of(&mapped));
             }
-            if let Ok(()) | Err(NotMerged::Gone) = mapped {
+            if let Ok(()) | Err(NotMerged::Gone | NotMerged::Locked) = mapped {
                 return;
             }
         }
@@ -279,7 +288,7 @@ impl Engine {
     /// Takes a mapping off the page of another domain's node: its address space belonged to that domain when it was
     /// merged, or was forked by one that did. Sleeps.
     fn part(&mut self, id: Id, node_id: Id) {
-        self.unshare(id);
+        self.unshare(id, 1);
         // It stays if there is no memory for a copy, or the mmap lock is not to be had: the next pass tries again, and as long
         // as the mapping may be there, the core must find it.
         let stays = self.maps_page_of(id, node_id) != Some(false);
@@ -527,7 +536,7 @@ impl Engine {
                 Ok(()) => Ok(page),
                 Err(why) => {
                     drop(page);
-                    self.unshare(id);
+                    self.unshare(id, UNSHARE_TRIES);
                     Err(match why {
                         // It has changed in the last moment, but then so may this one have: next pass.
                         NotMerged::Different => NotMerged::Busy,
@@ -644,8 +653,7 @@ impl Engine {
         })
     }
 
-    /// Does something with the page of an item, where it is mapped now. `Gone`: there is none. `Busy`: the mmap lock is not to
-    /// be had. Sleeps.
+    /// Does something with the page of an item, where it is mapped now. `Gone`: there is none. Sleeps.
     fn in_place<T>(
         &self,
         id: Id,
@@ -653,7 +661,7 @@ impl Engine {
     ) -> Result<T, NotMerged> {
         let (space, address) = self.place_of(id).ok_or(NotMerged::Gone)?;
         let entered = space.enter().ok_or(NotMerged::Gone)?;
-        let locked = entered.try_lock().ok_or(NotMerged::Busy)?;
+        let locked = entered.try_lock().ok_or(NotMerged::Locked)?;
         let vma = locked.mergeable_at(address).ok_or(NotMerged::Gone)?;
         let page = vma.page_at(address).ok_or(NotMerged::Gone)?;
         work(&vma, address, page)
@@ -662,17 +670,17 @@ impl Engine {
     /// Takes a merge back that could not be recorded. Sleeps.
     fn undo(&mut self, id: Id, rmap: MergedRmap) {
         self.discard_rmap(rmap);
-        self.unshare(id);
+        self.unshare(id, UNSHARE_TRIES);
     }
 
     /// Gives the item's address a page of its own, if a KSM page is mapped there. What cannot be copied now, for want of
-    /// memory or of the mmap lock, stays a KSM page, which the next pass finds. Sleeps.
-    fn unshare(&self, id: Id) {
+    /// memory or of the mmap lock, which is tried so many times, stays a KSM page, which the next pass finds. Sleeps.
+    fn unshare(&self, id: Id, tries: u32) {
         let Some((space, address)) = self.place_of(id) else {
             return;
         };
         let Some(entered) = space.enter() else { return };
-        let Some(locked) = entered.try_lock() else {
+        let Some(locked) = entered.lock_within(tries, UNSHARE_PAUSE) else {
             return;
         };
         let Some(vma) = locked.mergeable_at(address) else {
@@ -684,7 +692,7 @@ impl Engine {
         }
     }
 
-    /// The page of an item, with a reference. `Gone`: there is none. `Busy`: the mmap lock is not to be had. Sleeps.
+    /// The page of an item, with a reference. `Gone`: there is none. Sleeps.
     fn fetch(&self, id: Id) -> Result<PageRef, NotMerged> {
         self.in_place(id, |_, _, page| Ok(page))
     }

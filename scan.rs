@@ -51,8 +51,8 @@ use kernel::{
 /// # Invariants
 ///
 /// If `slot` is set, a pass is going on in that address space, and no other cursor is in it; `last` is its item with
-/// the highest address at which a page was found, or nil if there is none. Items behind it and below `address` are of
-/// pages that are gone, and to be freed.
+/// the highest address at which a page was found, by this pass or by one that had to stop, or nil if there is none. Items
+/// behind it and below `address` are of pages that are gone, and to be freed.
 pub(crate) struct Cursor {
     /// The address space; `None` if the cursor is not in use.
     pub(crate) slot: Option<SlotId>,
@@ -60,7 +60,7 @@ pub(crate) struct Cursor {
     last: Id,
     /// A thread is at work with it.
     held: bool,
-    /// How often the mmap lock could not be had, one time after the other.
+    /// How often the mmap lock could not be had, less how often it could.
     tries: u32,
     /// How often it was sent back: what was gathered before that is out of date.
     rewinds: u32,
@@ -83,7 +83,6 @@ impl Cursor {
     /// To the start of another address space, or out of use.
     pub(crate) fn enter(&mut self, slot: Option<SlotId>) {
         self.slot = slot;
-        self.tries = 0;
         self.rewind();
     }
 
@@ -101,6 +100,7 @@ impl Cursor {
     pub(crate) fn rewind(&mut self) {
         self.address = 0;
         self.last = Id::NIL;
+        self.tries = 0;
         self.rewinds = self.rewinds.wrapping_add(1);
     }
 
@@ -271,7 +271,7 @@ pub(crate) enum Begun {
     Batch,
     /// Nothing yet, for the price of looking at this many pages; the pass goes on.
     Later(usize),
-    /// As before, but nothing is to be had until somebody has let go of an mmap lock, or has had time enough to.
+    /// As before, as somebody has an mmap lock; [`Engine::waited`] must follow, once they have had time to let go of it.
     Locked(usize),
     /// There is nothing to scan.
     Nothing,
@@ -347,10 +347,11 @@ impl Engine {
                 }
                 Gathered::Locked => {
                     if self.waits_for_lock(at, slot) {
+                        batch.cursor = at;
                         return Begun::Locked(effort.pages());
                     }
-                    // What is known of it stays as it is, until a pass that can have the lock.
-                    self.leave(at);
+                    // What is known of it stays as it is, until a pass that can have the lock, which begins here.
+                    self.leave_off(at, slot);
                 }
                 Gathered::End => {
                     self.skip_to(at, usize::MAX);
@@ -377,14 +378,30 @@ impl Engine {
         Begun::Later(effort.pages())
     }
 
-    /// Notes that a cursor's mmap lock could not be had. Returns whether to wait for it.
+    /// The thread to which the batch belongs has waited for the mmap lock that [`Engine::begin`] could not have.
+    pub(crate) fn waited(&mut self, batch: &Batch) {
+        if let Some(cursor) = self.cursors.get_mut(batch.cursor) {
+            cursor.held = false;
+        }
+    }
+
+    /// Notes that a cursor's mmap lock could not be had. Returns whether to wait for it, with the cursor held.
     fn waits_for_lock(&mut self, at: usize, slot: SlotId) -> bool {
         let Some(cursor) = self.cursors.get_mut(at) else {
             return false;
         };
         cursor.tries = cursor.tries.saturating_add(1);
-        let tries = cursor.tries;
-        (self.slots.get_mut(slot)).is_some_and(|slot| slot.is_worth_waiting_for(tries))
+        cursor.held =
+            (self.slots.get_mut(slot)).is_some_and(|slot| slot.is_worth_waiting_for(cursor.tries));
+        cursor.held
+    }
+
+    /// Takes the cursor out of an address space in which the next pass is to begin where this one ends.
+    fn leave_off(&mut self, at: usize, slot: SlotId) {
+        if let (Some(cursor), Some(slot)) = (self.cursors.get(at), self.slots.get_mut(slot)) {
+            slot.left_at = Some((cursor.address, cursor.last));
+        }
+        self.leave(at);
     }
 
     /// Decides on the pages of a batch that [`Engine::begin`] has filled and [`Batch::read`] has read. Returns how
@@ -447,7 +464,12 @@ impl Engine {
         let at = all
             .iter()
             .position(|cursor| cursor.slot.is_none() && !cursor.held)?;
-        all.get_mut(at)?.enter(Some(slot));
+        let cursor = all.get_mut(at)?;
+        cursor.enter(Some(slot));
+        if let Some((address, last)) = self.slots.get_mut(slot)?.left_at.take() {
+            cursor.address = address;
+            cursor.last = last;
+        }
         self.cursors.next = Some(slot.saturating_add(1));
         Some((at, slot))
     }
@@ -531,7 +553,7 @@ impl Engine {
         };
         drop(locked);
         if let Some(cursor) = self.cursors.get_mut(cursor) {
-            cursor.tries = 0;
+            cursor.tries = cursor.tries.saturating_sub(1);
         }
         if let Some(slot) = self.slots.get_mut(slot) {
             slot.unreachable = false;

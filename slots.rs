@@ -26,9 +26,15 @@ pub(crate) struct MmSlot {
     pub(crate) serial: u64,
     /// Its mmap lock could not be had when it was last waited for.
     pub(crate) unreachable: bool,
+    /// Where the last pass had to leave it for that, and the item of the last page before; the next one begins there.
+    /// Forgotten when items are freed out of turn.
+    pub(crate) left_at: Option<(usize, Id)>,
+    /// Where a round of unmerging had to leave it for that, and which round.
+    pub(crate) put_off_at: (u32, usize),
 }
 
-/// How often an mmap lock that somebody else has is tried, a millisecond apart, before its address space is passed over.
+/// How often an mmap lock that somebody else has is tried in vain, a millisecond apart, before its address space is passed
+/// over. Each time that it can be had makes up for one.
 const MOST_TRIES: u32 = 20;
 
 impl MmSlot {
@@ -106,6 +112,8 @@ impl Slots {
                 items: 0,
                 serial: self.serials,
                 unreachable: false,
+                left_at: None,
+                put_off_at: (0, 0),
             });
             self.vacant.pop();
         }

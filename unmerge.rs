@@ -34,7 +34,7 @@ pub(crate) struct Unmerging {
     address: usize,
     /// All pages are private again; items are being freed.
     unshared: bool,
-    /// How often its mmap lock could not be had, one time after the other.
+    /// How often its mmap lock could not be had, less how often it could.
     tries: u32,
 }
 
@@ -92,6 +92,12 @@ impl Engine {
         let serial = self.slots.get(slot).map_or(0, |slot| slot.serial);
         if (slot, serial) != (at.slot, at.serial) {
             *at = Unmerging::of(slot, serial);
+            let put_off = self.slots.get(slot).map(|slot| slot.put_off_at);
+            if let Some((round, address)) = put_off {
+                if round == self.round {
+                    at.address = address;
+                }
+            }
         }
         if !at.unshared {
             match self.unshare_stretch(slot, at.address)? {
@@ -108,7 +114,7 @@ impl Engine {
                     );
                 }
             }
-            at.tries = 0;
+            at.tries = at.tries.saturating_sub(1);
             if let Some(slot) = self.slots.get_mut(slot) {
                 slot.unreachable = false;
             }
@@ -128,6 +134,9 @@ impl Engine {
 
     /// Goes on with the next address space, and comes back to the current one when the others are done.
     pub(crate) fn put_off(&mut self, at: &mut Unmerging) {
+        if let Some(slot) = self.slots.get_mut(at.slot) {
+            slot.put_off_at = (self.round, at.address);
+        }
         *at = Unmerging::of(at.slot.saturating_add(1), 0);
     }
 

@@ -25,6 +25,8 @@ pub(crate) enum NotMerged {
     Gone,
     /// The folio is locked, pinned, bad, or could not be split; worth another try on a later pass.
     Busy,
+    /// The mmap lock could not be had; worth another try on a later pass.
+    Locked,
     /// The contents differ.
     Different,
 }
@@ -34,7 +36,7 @@ pub(crate) fn errno_of<T>(merged: &Result<T, NotMerged>) -> i32 {
     match merged {
         Ok(_) => 0,
         Err(NotMerged::Gone) => ENOENT.to_errno(),
-        Err(NotMerged::Busy) => EBUSY.to_errno(),
+        Err(NotMerged::Busy | NotMerged::Locked) => EBUSY.to_errno(),
         Err(NotMerged::Different) => EFAULT.to_errno(),
     }
 }

@@ -17,6 +17,10 @@ use kernel::{
             Atomic,
             Relaxed, //
         }, //
+    },
+    time::{
+        delay::fsleep,
+        Delta, //
     }, //
 };
 
@@ -88,6 +92,17 @@ impl Entered {
     pub(crate) fn anon_pages(&self) -> usize {
         // SAFETY: The mm is in use.
         unsafe { bindings::ksm_rs_mm_anon_pages(self.mm.as_raw()) }
+    }
+
+    /// As [`Entered::try_lock`], which is tried so many times, with a pause in between. Sleeps.
+    pub(crate) fn lock_within(&self, tries: u32, pause: Delta) -> Option<Locked<'_>> {
+        for _ in 1..tries {
+            if let Some(locked) = self.try_lock() {
+                return Some(locked);
+            }
+            fsleep(pause);
+        }
+        self.try_lock()
     }
 
     /// Read-locks the address space, unless somebody has it locked for writing or waits to. Does not sleep.
