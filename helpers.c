@@ -164,15 +164,15 @@ int ksm_rs_split_huge_page(struct page *page)
 #endif
 }
 
-struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long addr, bool zeroed)
+struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long addr, gfp_t more)
 {
-	return vma_alloc_folio(GFP_HIGHUSER_MOVABLE | (zeroed ? __GFP_ZERO : 0), 0, vma, addr);
+	return vma_alloc_folio(GFP_HIGHUSER_MOVABLE | more, 0, vma, addr);
 }
 
-int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm)
+int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm, gfp_t more)
 {
 #ifdef CONFIG_MEMCG
-	return mem_cgroup_disabled() ? 0 : ksm_rs___mem_cgroup_charge(folio, mm, GFP_KERNEL);
+	return mem_cgroup_disabled() ? 0 : ksm_rs___mem_cgroup_charge(folio, mm, GFP_KERNEL | more);
 #else
 	return 0;
 #endif

@@ -133,6 +133,10 @@ enum { KSM_RS_KSYM_SYMBOL_LEN = KSYM_SYMBOL_LEN };
 
 /* Flags that bindgen does not evaluate either. */
 enum { KSM_RS_RMAP_EXCLUSIVE = RMAP_EXCLUSIVE };
+enum {
+	KSM_RS_GFP_ZERO = (unsigned int)__GFP_ZERO,
+	KSM_RS_GFP_MODEST = (unsigned int)(__GFP_NORETRY | __GFP_NOWARN),
+};
 
 /* Folios and pages. */
 struct folio *ksm_rs_page_folio(struct page *page);
@@ -163,8 +167,8 @@ bool ksm_rs_page_anon_exclusive(struct page *page);
 bool ksm_rs_page_hwpoison(struct page *page);
 int ksm_rs_folio_try_share_anon_rmap_pte(struct folio *folio, struct page *page);
 int ksm_rs_split_huge_page(struct page *page);
-struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long addr, bool zeroed);
-int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm);
+struct folio *ksm_rs_vma_alloc_folio(struct vm_area_struct *vma, unsigned long addr, gfp_t more);
+int ksm_rs_mem_cgroup_charge(struct folio *folio, struct mm_struct *mm, gfp_t more);
 int ksm_rs_copy_mc_user_highpage(struct page *to, struct page *from, unsigned long addr, struct vm_area_struct *vma);
 void ksm_rs_folio_mark_uptodate(struct folio *folio);
 void ksm_rs_count_ksm_copy(void);

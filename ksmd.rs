@@ -79,9 +79,12 @@ const RETRY_MILLISECS: u32 = 100;
 /// How often the first thread looks for address spaces to bury while others still scan.
 const BURIAL_MILLISECS: u32 = 20;
 
-/// How long to wait before an mmap lock that somebody else has is tried again, and how often whoever unmerges does so in all.
+/// How long to wait before an mmap lock that somebody else has is tried again.
 const LOCK_PAUSE: Delta = Delta::from_millis(1);
-const LOCK_PAUSES: u32 = 10_000;
+
+/// How many such pauses whoever unmerges makes in which nothing can be unmerged, one after the other; and unload in all.
+const FRUITLESS_PAUSES: u32 = 10_000;
+const UNLOAD_PAUSES: u32 = 60_000;
 
 /// How often unload tries again to undo all merges, and how long it waits in between.
 const UNLOAD_TRIES: usize = 100;
@@ -226,7 +229,8 @@ impl Ksm {
         }
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
-            let mut pauses = LOCK_PAUSES;
+            // It may be killed.
+            let mut pauses = u32::MAX;
             let undone = self.unmerge_all(true, &mut pauses);
             if undone.is_err() {
                 self.knobs.set_run(Run::Stop);
@@ -347,11 +351,14 @@ impl Ksm {
     /// Gives every merged page of every address space a page of its own. Sleeps.
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
-    /// to go on with the others and return the error at the end. `Err(EAGAIN)`: the mmap lock of one was not to be had in
-    /// the time that is left for that, as a number of pauses.
+    /// to go on with the others and return the error at the end. `Err(EAGAIN)`: all but those were done whose mmap locks were
+    /// not to be had for long, or after so many `pauses`.
     fn unmerge_all(&self, give_up: bool, pauses: &mut u32) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
+        let mut fruitless = 0u32;
+        // Since all had their turn the last time.
+        let mut fruit = false;
         let mut at = self.engine().engine.start_unmerging();
         loop {
             let mut guard = self.engine();
@@ -360,18 +367,21 @@ impl Ksm {
                 // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
                 result = Err(error);
             }
-            let patient = *pauses > 0 && !kthread::killed();
+            let patient = *pauses > 0 && fruitless < FRUITLESS_PAUSES && !kthread::killed();
             let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
-                Ok(Unmerged::Some) => {}
+                Ok(Unmerged::Some) => fruit = true,
                 Ok(Unmerged::All) if taken_in == Ok(true) => {}
                 Ok(Unmerged::All) => break,
-                Ok(Unmerged::Locked) if patient => wait = true,
-                Ok(Unmerged::Unreachable) if patient && give_up => {
-                    guard.engine.put_off(&mut at);
-                    wait = true;
+                Ok(Unmerged::Locked) if patient => {
+                    let lap = guard.engine.put_off(&mut at);
+                    wait = lap && !fruit;
+                    if lap && fruit {
+                        fruitless = 0;
+                        fruit = false;
+                    }
                 }
-                Ok(Unmerged::Locked | Unmerged::Unreachable) => {
+                Ok(Unmerged::Locked) => {
                     result = Err(EAGAIN);
                     guard.engine.skip(&mut at);
                 }
@@ -382,6 +392,7 @@ impl Ksm {
             }
             drop(guard);
             if wait {
+                fruitless = fruitless.saturating_add(1);
                 *pauses = pauses.saturating_sub(1);
                 fsleep(LOCK_PAUSE);
             }
@@ -404,11 +415,17 @@ impl Ksm {
     /// Adopts fresh address spaces, a batch of them at the most. Returns whether there are more. Sleeps. On failure the rest
     /// stays fresh.
     fn take_in(&self, state: &mut State) -> Result<bool> {
-        if self.registry.take_missed() {
-            tracepoints::visit_existing(&*self.registry);
-        }
+        let mut visited = false;
         let slots = &mut state.engine.slots;
         for _ in 0..BATCH_PAGES {
+            if self.registry.take_missed() {
+                if visited {
+                    self.registry.look_again();
+                    return Err(ENOMEM);
+                }
+                tracepoints::visit_existing(&*self.registry);
+                visited = true;
+            }
             if !self.registry.has_fresh() {
                 return Ok(false);
             }
@@ -416,11 +433,8 @@ impl Ksm {
                 .reserve()
                 .inspect_err(|_| self.stats.alloc_failures.up())?;
             let Some(space) = self.registry.adopt(slot) else {
-                // Either it has exited, or there was no memory to note it.
-                return match self.registry.has_fresh() {
-                    true => Err(ENOMEM),
-                    false => Ok(false),
-                };
+                // It has exited, or there was no memory to note it.
+                continue;
             };
             delay::at(Point::Adopting);
             trace::enter(space.key());
@@ -588,7 +602,7 @@ impl Ksm {
         self.stop_workers(&mut workers, 0);
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
-        let mut pauses = LOCK_PAUSES;
+        let mut pauses = UNLOAD_PAUSES;
         for left in (0..UNLOAD_TRIES).rev() {
             let undone = self.unmerge_all(false, &mut pauses);
             while self.registry.has_dead() {
@@ -597,7 +611,8 @@ impl Ksm {
             if self.drop_unused_nodes() && undone.is_ok() {
                 break;
             }
-            if left == 0 || kthread::killed() {
+            // Those that keep their mmap locks have been waited for already.
+            if left == 0 || undone == Err(EAGAIN) || kthread::killed() {
                 break;
             }
             fsleep(UNLOAD_PAUSE);

@@ -45,6 +45,7 @@ use crate::{
             AddressSpace,
             Vma, //
         },
+        unshare::Zeal, //
     },
     trace, //
 };
@@ -538,8 +539,9 @@ impl Engine {
                     drop(page);
                     self.unshare(id, UNSHARE_TRIES);
                     Err(match why {
-                        // It has changed in the last moment, but then so may this one have: next pass.
-                        NotMerged::Different => NotMerged::Busy,
+                        // It has changed in the last moment, but then so may this one have: next pass. And each merge that
+                        // is taken back may have had to wait.
+                        NotMerged::Different | NotMerged::Locked => NotMerged::Busy,
                         // Others of the same hash may be free.
                         _ => NotMerged::Different,
                     })
@@ -593,15 +595,23 @@ impl Engine {
     }
 
     /// Whether the pages of two items are worth a try, without touching either; splits those of huge pages.
-    fn check_pair(&self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
+    fn check_pair(&mut self, id: Id, other: Id, nid: usize) -> Result<(), NotMerged> {
         let page = self.fetch_replaceable(id)?;
         if page.has_other_users() {
             return Err(NotMerged::Busy);
         }
         // One that cannot be had must not keep those behind it from merging with each other, nor one that cannot be merged.
-        let other_page = self
-            .fetch_replaceable(other)
-            .map_err(|_| NotMerged::Different)?;
+        let other_page = match self.fetch_replaceable(other) {
+            Ok(other_page) => other_page,
+            Err(why) => {
+                if let NotMerged::Locked = why {
+                    // Nobody scans it now, so it would stay in front.
+                    drop(page);
+                    self.detach(other);
+                }
+                return Err(NotMerged::Different);
+            }
+        };
         if page.is(&other_page) || page.is_ksm() {
             // Shared by a fork, or merged in some other way.
             return Err(NotMerged::Gone);
@@ -639,7 +649,7 @@ impl Engine {
                 // Relatives have it by a fork, maybe in other domains. They keep it; the next pass merges a copy.
                 drop(lock);
                 drop(page);
-                if vma.unshare_page(address).is_err() {
+                if vma.unshare_page(address, Zeal::Modest).is_err() {
                     self.stats.alloc_failures.up();
                 }
                 return Err(NotMerged::Busy);
@@ -687,7 +697,7 @@ impl Engine {
             return;
         };
         let end = address.saturating_add(kernel::page::PAGE_SIZE);
-        if vma.unshare(address, end).is_err() {
+        if vma.unshare(address, end, Zeal::Modest).is_err() {
             self.stats.alloc_failures.up();
         }
     }

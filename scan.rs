@@ -348,7 +348,7 @@ impl Engine {
                 Gathered::Locked => {
                     if self.waits_for_lock(at, slot) {
                         batch.cursor = at;
-                        return Begun::Locked(effort.pages());
+                        return Begun::Locked(effort.pages().saturating_add(ENOUGH));
                     }
                     // What is known of it stays as it is, until a pass that can have the lock, which begins here.
                     self.leave_off(at, slot);
@@ -532,6 +532,7 @@ impl Engine {
         let gathered = loop {
             let (at, more) = match locked.mergeable_from(address, &mut effort.steps) {
                 Next::Vma(vma) => {
+                    effort.steps = effort.steps.saturating_sub(1);
                     let at = vma.gather(address, limit, enough, found, &mut effort.steps);
                     (
                         at,

@@ -38,8 +38,8 @@ pub(crate) struct MmSlot {
 const MOST_TRIES: u32 = 20;
 
 impl MmSlot {
-    /// Notes that the mmap lock could not be had, for the last of `tries`. Returns whether to wait for it: once that was in
-    /// vain, one try is enough until it can be had again.
+    /// Notes that the scan could not have the mmap lock, for the last of `tries`. Returns whether to wait for it: once that was
+    /// in vain, one try is enough until it can be had again.
     pub(crate) fn is_worth_waiting_for(&mut self, tries: u32) -> bool {
         if self.unreachable || tries >= MOST_TRIES {
             self.unreachable = true;

@@ -11,6 +11,7 @@ use crate::{
         self,
         hotplug::OfflineRange,
         space::Next,
+        unshare::Zeal,
         walk::{
             BATCH_PAGES,
             MOST_STEPS,
@@ -34,8 +35,6 @@ pub(crate) struct Unmerging {
     address: usize,
     /// All pages are private again; items are being freed.
     unshared: bool,
-    /// How often its mmap lock could not be had, less how often it could.
-    tries: u32,
 }
 
 impl Unmerging {
@@ -45,7 +44,6 @@ impl Unmerging {
             serial,
             address: 0,
             unshared: false,
-            tries: 0,
         }
     }
 }
@@ -56,10 +54,8 @@ pub(crate) enum Unmerged {
     Some,
     /// All address spaces are.
     All,
-    /// The mmap lock cannot be had; it is worth waiting for.
+    /// The mmap lock cannot be had.
     Locked,
-    /// The mmap lock was waited for in vain.
-    Unreachable,
 }
 
 /// What came of unsharing a stretch of one address space.
@@ -83,8 +79,8 @@ impl Engine {
     /// Unmerges the next stretch of memory. Sleeps.
     ///
     /// `Err(ENOMEM)`: there was no memory for private pages of one address space; nothing is lost, the rest of it
-    /// stays merged. The next call tries the same again, as after `Locked` and `Unreachable`, unless [`Engine::skip`] or
-    /// [`Engine::put_off`] is called before.
+    /// stays merged. The next call tries the same again, as after `Locked`, unless [`Engine::skip`] or [`Engine::put_off`]
+    /// is called before.
     pub(crate) fn unmerge_some(&mut self, at: &mut Unmerging) -> Result<Unmerged> {
         let Some(slot) = self.slots.next_of_round(at.slot, self.round) else {
             return Ok(Unmerged::All);
@@ -103,20 +99,7 @@ impl Engine {
             match self.unshare_stretch(slot, at.address)? {
                 Stretch::Until(address) => at.address = address,
                 Stretch::Last => at.unshared = true,
-                Stretch::Locked => {
-                    at.tries = at.tries.saturating_add(1);
-                    let slot = self.slots.get_mut(slot);
-                    return Ok(
-                        match slot.is_some_and(|slot| slot.is_worth_waiting_for(at.tries)) {
-                            true => Unmerged::Locked,
-                            false => Unmerged::Unreachable,
-                        },
-                    );
-                }
-            }
-            at.tries = at.tries.saturating_sub(1);
-            if let Some(slot) = self.slots.get_mut(slot) {
-                slot.unreachable = false;
+                Stretch::Locked => return Ok(Unmerged::Locked),
             }
         } else if self.free_items(slot, BATCH_PAGES) {
             self.skip(at);
@@ -132,12 +115,15 @@ impl Engine {
         *at = Unmerging::of(at.slot.saturating_add(1), 0);
     }
 
-    /// Goes on with the next address space, and comes back to the current one when the others are done.
-    pub(crate) fn put_off(&mut self, at: &mut Unmerging) {
+    /// Goes on with the next address space, and comes back to the current one when the others have had their turn. Returns
+    /// whether they have had it now.
+    pub(crate) fn put_off(&mut self, at: &mut Unmerging) -> bool {
         if let Some(slot) = self.slots.get_mut(at.slot) {
             slot.put_off_at = (self.round, at.address);
         }
-        *at = Unmerging::of(at.slot.saturating_add(1), 0);
+        let slot = at.slot;
+        *at = Unmerging::of(slot.saturating_add(1), 0);
+        (self.slots.next_of_round(at.slot, self.round)).is_none_or(|next| next <= slot)
     }
 
     /// Makes pages from `address` on private again.
@@ -157,7 +143,7 @@ impl Engine {
         };
         let from = address.max(vma.start());
         let to = from.saturating_add(STRETCH).min(vma.end());
-        vma.unshare(from, to)?;
+        vma.unshare(from, to, Zeal::AsFault)?;
         Ok(Stretch::Until(to))
     }
 

@@ -28,6 +28,16 @@ use kernel::{
 /// Times that a page is looked at anew at most because it has changed.
 const MOST_LOOKS: u32 = 100;
 
+/// What may be done to get the memory of a copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Zeal {
+    /// What a page fault may do: wait until others have given memory back, and have one of them killed.
+    AsFault,
+    /// Look for some that can be had at once, or nearly: a process whose control group is full could otherwise hold up all
+    /// others.
+    Modest,
+}
+
 /// What came of unsharing one page.
 pub(crate) enum Unshared {
     /// It was copied, or has been waited for.
@@ -94,7 +104,7 @@ impl Vma<'_> {
     ///
     /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and one that changes whenever it is looked
     /// at. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
-    pub(crate) fn unshare(&self, from: usize, to: usize) -> Result {
+    pub(crate) fn unshare(&self, from: usize, to: usize, zeal: Zeal) -> Result {
         let mut address = from;
         let mut looks = 0u32;
         while let Some(at) = self.next_ksm_page(address, to) {
@@ -103,7 +113,7 @@ impl Vma<'_> {
             }
             address = at;
             delay::at(Point::Unsharing);
-            looks = match self.unshare_page(at)? {
+            looks = match self.unshare_page(at, zeal)? {
                 Unshared::Done => 0,
                 Unshared::Changed => looks.saturating_add(1),
                 Unshared::Hopeless => MOST_LOOKS,
@@ -121,7 +131,7 @@ impl Vma<'_> {
     /// a fork. A page that is on its way to another frame is waited for, and is as shared as before then. Sleeps.
     ///
     /// `Err(ENOMEM)`: there was no memory for a copy.
-    pub(crate) fn unshare_page(&self, address: usize) -> Result<Unshared> {
+    pub(crate) fn unshare_page(&self, address: usize, zeal: Zeal) -> Result<Unshared> {
         if address < self.start() || address >= self.end() {
             return Ok(Unshared::Changed);
         }
@@ -135,29 +145,41 @@ impl Vma<'_> {
             }
             Shown::Other => return Ok(Unshared::Changed),
         };
-        let Some(copy) = self.copy(address, original.as_ref())? else {
+        let Some(copy) = self.copy(address, original.as_ref(), zeal)? else {
             return Ok(Unshared::Hopeless);
         };
         Ok(self.map_copy(address, original.as_ref(), copy))
     }
 
     /// A copy of `original`; without one, an empty page. `None`: the memory has gone bad. Sleeps.
-    fn copy(&self, address: usize, original: Option<&PageRef>) -> Result<Option<Fresh>> {
+    fn copy(
+        &self,
+        address: usize,
+        original: Option<&PageRef>,
+        zeal: Zeal,
+    ) -> Result<Option<Fresh>> {
         if original.is_some_and(PageRef::is_poisoned) {
             return Ok(None);
         }
-        let zeroed = original.is_none();
+        let modest = match zeal {
+            Zeal::AsFault => 0,
+            Zeal::Modest => bindings::KSM_RS_GFP_MODEST as bindings::gfp_t,
+        };
+        let zero = match original {
+            Some(_) => 0,
+            None => bindings::KSM_RS_GFP_ZERO as bindings::gfp_t,
+        };
         // SAFETY: The mmap lock is held, so VMA and mm are valid. What is allocated has one reference, which we own, and
         // nobody else knows it. The original is valid by its reference; if somebody wrote to it, the copy would be of no use,
         // but that is for `map_copy()` to say.
         unsafe {
-            let folio = bindings::ksm_rs_vma_alloc_folio(self.as_ptr(), address, zeroed);
+            let folio = bindings::ksm_rs_vma_alloc_folio(self.as_ptr(), address, zero | modest);
             if folio.is_null() {
                 return Err(ENOMEM);
             }
             let page = NonNull::new(bindings::ksm_rs_folio_page(folio)).ok_or(ENOMEM)?;
             let copy = PageRef::from_raw(page);
-            if bindings::ksm_rs_mem_cgroup_charge(folio, self.mm()) != 0 {
+            if bindings::ksm_rs_mem_cgroup_charge(folio, self.mm(), modest) != 0 {
                 return Err(ENOMEM);
             }
             if let Some(original) = original {

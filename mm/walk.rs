@@ -46,14 +46,19 @@ struct Gather<'a> {
     resume: usize,
     /// How many page tables may still be passed.
     steps: &'a mut usize,
+    /// Places without a page table that were passed.
+    holes: usize,
 }
+
+/// So many places without a page table cost as much as a page table.
+const HOLES_PER_STEP: usize = 512;
 
 impl Vma<'_> {
     /// Collects anonymous pages mapped in `[from, end of the VMA)`, in address order, with a reference on
     /// each, into the spare capacity of `found`, until that has `limit` of them. Ends sooner when there are `enough` at the
     /// end of a page table, or when somebody waits for the mmap lock or the page table's.
     ///
-    /// Page tables are counted down from `steps`: with none left it ends too.
+    /// Page tables are counted down from `steps`, and many places without: with none left it ends too.
     ///
     /// Returns the address to go on from. Sleeps between page tables, never allocates.
     pub(crate) fn gather(
@@ -74,6 +79,7 @@ impl Vma<'_> {
             enough,
             resume: self.end(),
             steps,
+            holes: 0,
         };
         // SAFETY: The mmap lock is held for reading, the range lies inside the VMA, and `gather` outlives the
         // walk.
@@ -146,14 +152,21 @@ type PmdEntry = unsafe extern "C" fn(
     *mut bindings::mm_walk,
 ) -> ffi::c_int;
 
-const fn walk_ops(pmd_entry: PmdEntry) -> WalkOps {
+type Hole = unsafe extern "C" fn(
+    ffi::c_ulong,
+    ffi::c_ulong,
+    ffi::c_int,
+    *mut bindings::mm_walk,
+) -> ffi::c_int;
+
+const fn walk_ops(pmd_entry: PmdEntry, hole: Option<Hole>) -> WalkOps {
     WalkOps(bindings::mm_walk_ops {
         pgd_entry: None,
         p4d_entry: None,
         pud_entry: None,
         pmd_entry: Some(pmd_entry),
         pte_entry: None,
-        pte_hole: None,
+        pte_hole: hole,
         hugetlb_entry: None,
         test_walk: None,
         pre_vma: None,
@@ -163,9 +176,9 @@ const fn walk_ops(pmd_entry: PmdEntry) -> WalkOps {
     })
 }
 
-static GATHER_OPS: WalkOps = walk_ops(gather_pmd_entry);
-static PAGE_AT_OPS: WalkOps = walk_ops(page_at_pmd_entry);
-static KSM_PAGE_OPS: WalkOps = walk_ops(ksm_page_pmd_entry);
+static GATHER_OPS: WalkOps = walk_ops(gather_pmd_entry, Some(gather_hole));
+static PAGE_AT_OPS: WalkOps = walk_ops(page_at_pmd_entry, None);
+static KSM_PAGE_OPS: WalkOps = walk_ops(ksm_page_pmd_entry, None);
 
 /// Takes a reference on `page` if it is an anonymous page of ordinary memory.
 ///
@@ -319,6 +332,29 @@ unsafe extern "C" fn gather_pmd_entry(
     // SAFETY: The walk's mm is valid.
     let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
     ffi::c_int::from(*gather.steps == 0 || contended)
+}
+
+/// Passes a place that has no page table.
+///
+/// # Safety
+///
+/// The arguments must be those of a `pte_hole` callback, with `walk.private` as [`Vma::gather`] sets it.
+unsafe extern "C" fn gather_hole(
+    _: ffi::c_ulong,
+    end: ffi::c_ulong,
+    _: ffi::c_int,
+    walk: *mut bindings::mm_walk,
+) -> ffi::c_int {
+    // SAFETY: `gather()` passed a `Gather` that outlives the walk and is used by nobody else during it.
+    let gather = unsafe { &mut *(*walk).private.cast::<Gather<'_>>() };
+    gather.holes = gather.holes.saturating_add(1);
+    if gather.holes % HOLES_PER_STEP != 0 {
+        return 0;
+    }
+    gather.resume = end;
+    *gather.steps = gather.steps.saturating_sub(1);
+    super::breathe();
+    ffi::c_int::from(*gather.steps == 0)
 }
 
 /// Takes the page of one address.

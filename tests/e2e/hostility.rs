@@ -27,6 +27,7 @@ ksm_e2e::tests![
     a_page_that_waits_for_an_access_costs_its_likes_no_copies,
     a_walk_in_front_of_the_scan_leaves_few_records_behind,
     records_of_pages_that_are_gone_are_freed_within_the_budget,
+    many_areas_are_not_passed_in_one_go,
     everything_is_unmerged_while_processes_fork_without_end,
     kernel_memory_of_a_process_is_back_when_it_is_gone,
 ];
@@ -264,6 +265,30 @@ fn records_of_pages_that_are_gone_are_freed_within_the_budget(ksm: &Ksm) -> Resu
     ensure!(
         most <= 16 * BUDGET + 2 * 128,
         "{most} records freed in a turn of {BUDGET} pages"
+    );
+    Ok(())
+}
+
+fn many_areas_are_not_passed_in_one_go(ksm: &Ksm) -> Result<()> {
+    const AREAS: usize = 8192;
+    /// After so many without pages the scan lets go of everything.
+    const STEPS: u64 = 512;
+    let region = Mapping::pages(AREAS).map()?;
+    // SAFETY: The region was just mapped.
+    unsafe { memory::fill(region.part(0, 1), CONTENT) };
+    memory::advise(region, libc::MADV_MERGEABLE)?;
+    for index in (0..AREAS).step_by(2) {
+        memory::protect(region.part(index, 1), libc::PROT_READ)?;
+    }
+    let mut passes = Passes::of(ksm)?;
+    passes.make(1)?;
+    let tries = Calls::of("down_read_trylock")?;
+    passes.make(1)?;
+    let tries = tries.so_far()?;
+    eprintln!("{AREAS} areas were passed under {tries} holds of the mmap lock");
+    ensure!(
+        tries >= AREAS as u64 / STEPS,
+        "{AREAS} areas were passed under {tries} holds of the mmap lock"
     );
     Ok(())
 }

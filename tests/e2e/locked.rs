@@ -212,7 +212,10 @@ fn a_pass_goes_on_where_the_last_one_had_to_leave_a_locked_process(ksm: &Ksm) ->
         "{before} pages of {MANY} are known after 8 turns"
     );
     let lock = Lock::of(&mut child)?;
+    // Waiting is charged.
+    ksm.write("pages_to_scan", 2 * MANY as u64)?;
     passes.make(2)?;
+    ksm.write("pages_to_scan", TURN as u64)?;
     lock.release(&mut child)?;
     // Fewer than it took to get there.
     for _ in 0..4 {
