@@ -142,6 +142,8 @@ pub(crate) struct Knobs {
     pages_to_scan: Atomic<u32>,
     sleep_millisecs: Atomic<u32>,
     max_page_sharing: Atomic<u32>,
+    merge_across_nodes: AtomicFlag,
+    merge_scope: Atomic<u32>,
     use_zero_pages: AtomicFlag,
     prune_millisecs: Atomic<u32>,
     smart_scan: AtomicFlag,
@@ -161,6 +163,8 @@ impl Knobs {
             pages_to_scan: Atomic::new(PAGES_TO_SCAN),
             sleep_millisecs: Atomic::new(20),
             max_page_sharing: Atomic::new(MAX_PAGE_SHARING),
+            merge_across_nodes: AtomicFlag::new(true),
+            merge_scope: Atomic::new(Scope::Global as u32),
             use_zero_pages: AtomicFlag::new(false),
             prune_millisecs: Atomic::new(2000),
             smart_scan: AtomicFlag::new(true),
@@ -318,5 +322,28 @@ impl Knobs {
     /// Sets the most mappings of one KSM page.
     pub(crate) fn set_max_page_sharing(&self, limit: u32) {
         self.max_page_sharing.store(limit, Relaxed);
+    }
+
+    /// Whether pages of different NUMA nodes are merged.
+    #[cfg_attr(not(CONFIG_NUMA), allow(dead_code))]
+    pub(crate) fn merge_across_nodes(&self) -> bool {
+        self.merge_across_nodes.load(Relaxed)
+    }
+
+    /// Sets whether pages of different NUMA nodes are merged.
+    #[cfg_attr(not(CONFIG_NUMA), allow(dead_code))]
+    pub(crate) fn set_merge_across_nodes(&self, across: bool) {
+        self.merge_across_nodes.store(across, Relaxed);
+    }
+
+    /// Whose pages are merged with whose.
+    pub(crate) fn merge_scope(&self) -> Scope {
+        let scope = self.merge_scope.load(Relaxed) as usize;
+        Scope::ALL.get(scope).copied().unwrap_or(Scope::Global)
+    }
+
+    /// Sets whose pages are merged with whose.
+    pub(crate) fn set_merge_scope(&self, scope: Scope) {
+        self.merge_scope.store(scope as u32, Relaxed);
     }
 }

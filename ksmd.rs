@@ -82,9 +82,10 @@ const BURIAL_MILLISECS: u32 = 20;
 /// How long to wait before an mmap lock that somebody else has is tried again.
 const LOCK_PAUSE: Delta = Delta::from_millis(1);
 
-/// How many such pauses whoever unmerges makes in which nothing can be unmerged, one after the other; and unload in all.
-const FRUITLESS_PAUSES: u32 = 10_000;
-const UNLOAD_PAUSES: u32 = 60_000;
+/// How often, in all, whoever unmerges comes back to address spaces whose mmap locks were not to be had; and how often one
+/// after the other without having unmerged anything meanwhile, a pause each time.
+const MOST_RETURNS: u32 = 60_000;
+const MOST_FRUITLESS: u32 = 10_000;
 
 /// How often unload tries again to undo all merges, and how long it waits in between.
 const UNLOAD_TRIES: usize = 100;
@@ -208,12 +209,6 @@ impl Ksm {
         self.state.lock().engine.set_advisor(on);
     }
 
-    /// Whether pages of different NUMA nodes are merged. Sleeps.
-    #[cfg(CONFIG_NUMA)]
-    pub(crate) fn merge_across_nodes(&self) -> bool {
-        self.state.lock().engine.merge_across_nodes
-    }
-
     /// Carries out a write to `run`. Sleeps.
     ///
     /// `Err(ENOMEM)`, `Err(ENOSPC)`, `Err(EAGAIN)` or `Err(ERESTARTSYS)`: unmerging was given up, and `run` is 0 now.
@@ -229,9 +224,7 @@ impl Ksm {
         }
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
-            // It may be killed.
-            let mut pauses = u32::MAX;
-            let undone = self.unmerge_all(true, &mut pauses);
+            let undone = self.unmerge_all(true);
             if undone.is_err() {
                 self.knobs.set_run(Run::Stop);
                 self.stock.set_unmerging(false);
@@ -251,12 +244,9 @@ impl Ksm {
         if self.engine().engine.merge_across_nodes == across {
             return Ok(());
         }
-        self.without_nodes(|engine| engine.merge_across_nodes = across)
-    }
-
-    /// Whose pages are merged with whose. Sleeps.
-    pub(crate) fn merge_scope(&self) -> Scope {
-        self.state.lock().engine.scope
+        self.without_nodes(|engine| engine.merge_across_nodes = across)?;
+        self.knobs.set_merge_across_nodes(across);
+        Ok(())
     }
 
     /// Carries out a write to `merge_scope`. Sleeps. `Err(EBUSY)`: pages are shared; `Err(EOPNOTSUPP)`: the kernel does
@@ -274,7 +264,9 @@ impl Ksm {
         if self.engine().engine.scope == scope {
             return Ok(());
         }
-        self.without_nodes(|engine| engine.scope = scope)
+        self.without_nodes(|engine| engine.scope = scope)?;
+        self.knobs.set_merge_scope(scope);
+        Ok(())
     }
 
     /// Carries out a write to `max_page_sharing`. Sleeps. `Err(EBUSY)`: pages are shared.
@@ -352,12 +344,12 @@ impl Ksm {
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
     /// to go on with the others and return the error at the end. `Err(EAGAIN)`: all but those were done whose mmap locks were
-    /// not to be had for long, or after so many `pauses`.
-    fn unmerge_all(&self, give_up: bool, pauses: &mut u32) -> Result {
+    /// not to be had for long.
+    fn unmerge_all(&self, give_up: bool) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
-        let mut fruitless = 0u32;
-        // Since all had their turn the last time.
+        let (mut returns, mut fruitless) = (0u32, 0u32);
+        // Since the last return.
         let mut fruit = false;
         let mut at = self.engine().engine.start_unmerging();
         loop {
@@ -367,17 +359,21 @@ impl Ksm {
                 // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
                 result = Err(error);
             }
-            let patient = *pauses > 0 && fruitless < FRUITLESS_PAUSES && !kthread::killed();
+            let patient =
+                returns < MOST_RETURNS && fruitless < MOST_FRUITLESS && !kthread::killed();
             let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
                 Ok(Unmerged::Some) => fruit = true,
                 Ok(Unmerged::All) if taken_in == Ok(true) => {}
                 Ok(Unmerged::All) => break,
                 Ok(Unmerged::Locked) if patient => {
-                    let lap = guard.engine.put_off(&mut at);
-                    wait = lap && !fruit;
-                    if lap && fruit {
-                        fruitless = 0;
+                    if guard.engine.put_off(&mut at) {
+                        returns = returns.saturating_add(1);
+                        wait = !fruit;
+                        fruitless = match fruit {
+                            true => 0,
+                            false => fruitless.saturating_add(1),
+                        };
                         fruit = false;
                     }
                 }
@@ -392,8 +388,6 @@ impl Ksm {
             }
             drop(guard);
             if wait {
-                fruitless = fruitless.saturating_add(1);
-                *pauses = pauses.saturating_sub(1);
                 fsleep(LOCK_PAUSE);
             }
             delay::at(Point::Unmerging);
@@ -602,9 +596,8 @@ impl Ksm {
         self.stop_workers(&mut workers, 0);
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
-        let mut pauses = UNLOAD_PAUSES;
         for left in (0..UNLOAD_TRIES).rev() {
-            let undone = self.unmerge_all(false, &mut pauses);
+            let undone = self.unmerge_all(false);
             while self.registry.has_dead() {
                 self.bury_some();
             }

@@ -531,20 +531,16 @@ impl Engine {
         };
 
         delay::at(Point::Paired);
+        let mut undone = false;
         let merged = self.make_ksm(id, &mut rmap).and_then(|page| {
             delay::at(Point::KsmMade);
             match self.map_in_place(other, &page, &mut other_rmap) {
                 Ok(()) => Ok(page),
                 Err(why) => {
                     drop(page);
+                    undone = true;
                     self.unshare(id, UNSHARE_TRIES);
-                    Err(match why {
-                        // It has changed in the last moment, but then so may this one have: next pass. And each merge that
-                        // is taken back may have had to wait.
-                        NotMerged::Different | NotMerged::Locked => NotMerged::Busy,
-                        // Others of the same hash may be free.
-                        _ => NotMerged::Different,
-                    })
+                    Err(why)
                 }
             }
         });
@@ -554,6 +550,11 @@ impl Engine {
                 drop(self.stable.remove(node_id));
                 self.discard_rmap(rmap);
                 self.discard_rmap(other_rmap);
+                if undone {
+                    // Enough work for this page and pass; the next one tries another page first.
+                    self.detach(other);
+                    return Err(NotMerged::Busy);
+                }
                 return Err(why);
             }
         };

@@ -60,7 +60,7 @@ pub(crate) struct Cursor {
     last: Id,
     /// A thread is at work with it.
     held: bool,
-    /// How often the mmap lock could not be had, less how often it could.
+    /// How often the mmap lock could not be had since it entered.
     tries: u32,
     /// How often it was sent back: what was gathered before that is out of date.
     rewinds: u32,
@@ -553,9 +553,6 @@ impl Engine {
             };
         };
         drop(locked);
-        if let Some(cursor) = self.cursors.get_mut(cursor) {
-            cursor.tries = cursor.tries.saturating_sub(1);
-        }
         if let Some(slot) = self.slots.get_mut(slot) {
             slot.unreachable = false;
             batch.room = room_for_items(slot.items, || entered.anon_pages());

@@ -33,8 +33,8 @@ pub(crate) struct MmSlot {
     pub(crate) put_off_at: (u32, usize),
 }
 
-/// How often an mmap lock that somebody else has is tried in vain, a millisecond apart, before its address space is passed
-/// over. Each time that it can be had makes up for one.
+/// How often an mmap lock that somebody else has is tried in vain, a millisecond apart, before what is left of its address
+/// space is passed over.
 const MOST_TRIES: u32 = 20;
 
 impl MmSlot {

@@ -159,7 +159,7 @@ file!(
 file!(
     MergeAcrossNodes,
     c"merge_across_nodes",
-    |ksm| ksm.merge_across_nodes(),
+    |ksm| ksm.knobs.merge_across_nodes(),
     |ksm, text| ksm.set_merge_across_nodes(knobs::merge_across_nodes(text)?)
 );
 file!(
@@ -171,7 +171,7 @@ file!(
 file!(
     MergeScope,
     c"merge_scope",
-    |ksm| ksm.merge_scope().choice(),
+    |ksm| ksm.knobs.merge_scope().choice(),
     |ksm, text| ksm.set_merge_scope(knobs::merge_scope(text)?)
 );
 file!(

@@ -40,9 +40,10 @@ pub(crate) enum Zeal {
 
 /// What came of unsharing one page.
 pub(crate) enum Unshared {
-    /// It was copied, or has been waited for.
+    /// It was copied.
     Done,
-    /// Something else was mapped by the time when there was a copy, or before: look again.
+    /// Something else was mapped by the time when there was a copy, or before, or it was on its way and has been waited for:
+    /// look again.
     Changed,
     /// Its memory has gone bad.
     Hopeless,
@@ -141,7 +142,7 @@ impl Vma<'_> {
             Shown::Zero => None,
             Shown::Moving => {
                 self.await_migration(address);
-                return Ok(Unshared::Done);
+                return Ok(Unshared::Changed);
             }
             Shown::Other => return Ok(Unshared::Changed),
         };

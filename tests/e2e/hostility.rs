@@ -294,8 +294,9 @@ fn many_areas_are_not_passed_in_one_go(ksm: &Ksm) -> Result<()> {
 }
 
 fn everything_is_unmerged_while_processes_fork_without_end(ksm: &Ksm) -> Result<()> {
-    const PAGES: usize = 64;
+    const PAGES: usize = 2048;
     const FORKERS: usize = 4;
+    ksm.write("max_page_sharing", 4 * PAGES as u64)?;
     let mut keeper = Child::spawn()?;
     let kept = keeper.map_mergeable(PAGES, CONTENT)?;
     let region = Mapping::pages(PAGES).map()?;
