@@ -224,7 +224,7 @@ impl Ksm {
         }
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
-            let undone = self.unmerge_all(true);
+            let undone = self.unmerge_all(true, true);
             if undone.is_err() {
                 self.knobs.set_run(Run::Stop);
                 self.stock.set_unmerging(false);
@@ -344,10 +344,11 @@ impl Ksm {
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
     /// to go on with the others and return the error at the end. `Err(EAGAIN)`: all but those were done whose mmap locks were
-    /// not to be had for long.
-    fn unmerge_all(&self, give_up: bool) -> Result {
+    /// not to be had for long, or at once unless `patient`.
+    fn unmerge_all(&self, give_up: bool, patient: bool) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
+        let mut locked = false;
         let (mut returns, mut fruitless) = (0u32, 0u32);
         // Since the last return.
         let mut fruit = false;
@@ -359,8 +360,10 @@ impl Ksm {
                 // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
                 result = Err(error);
             }
-            let patient =
-                returns < MOST_RETURNS && fruitless < MOST_FRUITLESS && !kthread::killed();
+            let patient = patient
+                && returns < MOST_RETURNS
+                && fruitless < MOST_FRUITLESS
+                && !kthread::killed();
             let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
                 Ok(Unmerged::Some) => fruit = true,
@@ -378,7 +381,7 @@ impl Ksm {
                     }
                 }
                 Ok(Unmerged::Locked) => {
-                    result = Err(EAGAIN);
+                    locked = true;
                     guard.engine.skip(&mut at);
                 }
                 Err(error) => {
@@ -400,6 +403,9 @@ impl Ksm {
             mm::breathe();
         }
         self.drop_unused_nodes();
+        if locked {
+            result = result.and(Err(EAGAIN));
+        }
         if result.is_ok() {
             self.engine().engine.start_over();
         }
@@ -597,14 +603,14 @@ impl Ksm {
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
         for left in (0..UNLOAD_TRIES).rev() {
-            let undone = self.unmerge_all(false);
+            // Who keeps their mmap lock is waited for once.
+            let undone = self.unmerge_all(false, left == UNLOAD_TRIES - 1);
             while self.registry.has_dead() {
                 self.bury_some();
             }
             if self.drop_unused_nodes() && undone.is_ok() {
                 break;
             }
-            // Those that keep their mmap locks have been waited for already.
             if left == 0 || undone == Err(EAGAIN) || kthread::killed() {
                 break;
             }

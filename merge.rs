@@ -45,7 +45,8 @@ use crate::{
             AddressSpace,
             Vma, //
         },
-        unshare::Zeal, //
+        unshare::Zeal,
+        walk::MOST_STEPS, //
     },
     trace, //
 };
@@ -141,7 +142,7 @@ impl Engine {
             Seen::Foreign => {
                 self.detach(id);
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
-                self.unshare(id, 1);
+                self.unshare(id, 1, Zeal::Modest);
             }
             Seen::Unread | Seen::Skipped => {}
         }
@@ -289,7 +290,7 @@ impl Engine {
     /// Takes a mapping off the page of another domain's node: its address space belonged to that domain when it was
     /// merged, or was forked by one that did. Sleeps.
     fn part(&mut self, id: Id, node_id: Id) {
-        self.unshare(id, 1);
+        self.unshare(id, 1, Zeal::AsFault);
         // It stays if there is no memory for a copy, or the mmap lock is not to be had: the next pass tries again, and as long
         // as the mapping may be there, the core must find it.
         let stays = self.maps_page_of(id, node_id) != Some(false);
@@ -539,7 +540,7 @@ impl Engine {
                 Err(why) => {
                     drop(page);
                     undone = true;
-                    self.unshare(id, UNSHARE_TRIES);
+                    self.unshare(id, UNSHARE_TRIES, Zeal::Modest);
                     Err(why)
                 }
             }
@@ -606,9 +607,13 @@ impl Engine {
             Ok(other_page) => other_page,
             Err(why) => {
                 if let NotMerged::Locked = why {
-                    // Nobody scans it now, so it would stay in front.
                     drop(page);
-                    self.detach(other);
+                    let slot = self.items.get(other).map(PageItem::slot);
+                    let slot = slot.and_then(|slot| self.slots.get(slot));
+                    if slot.is_some_and(|slot| slot.unreachable) {
+                        // Nobody scans it, so it would stay in front.
+                        self.detach(other);
+                    }
                 }
                 return Err(NotMerged::Different);
             }
@@ -681,12 +686,12 @@ impl Engine {
     /// Takes a merge back that could not be recorded. Sleeps.
     fn undo(&mut self, id: Id, rmap: MergedRmap) {
         self.discard_rmap(rmap);
-        self.unshare(id, UNSHARE_TRIES);
+        self.unshare(id, UNSHARE_TRIES, Zeal::Modest);
     }
 
     /// Gives the item's address a page of its own, if a KSM page is mapped there. What cannot be copied now, for want of
     /// memory or of the mmap lock, which is tried so many times, stays a KSM page, which the next pass finds. Sleeps.
-    fn unshare(&self, id: Id, tries: u32) {
+    fn unshare(&self, id: Id, tries: u32, zeal: Zeal) {
         let Some((space, address)) = self.place_of(id) else {
             return;
         };
@@ -698,7 +703,8 @@ impl Engine {
             return;
         };
         let end = address.saturating_add(kernel::page::PAGE_SIZE);
-        if vma.unshare(address, end, Zeal::Modest).is_err() {
+        let mut steps = MOST_STEPS;
+        if vma.unshare(address, end, zeal, &mut steps).is_err() {
             self.stats.alloc_failures.up();
         }
     }

@@ -14,16 +14,12 @@ use crate::{
         unshare::Zeal,
         walk::{
             BATCH_PAGES,
-            MOST_STEPS,
-            PAGE_TABLE_SPAN, //
+            MOST_STEPS, //
         }, //
     },
     registry::SlotId, //
 };
 use kernel::prelude::*;
-
-/// What is unmerged under one hold of the mmap lock.
-const STRETCH: usize = 16 * PAGE_TABLE_SPAN;
 
 /// How far a round of unmerging has come.
 #[derive(Clone, Copy)]
@@ -142,8 +138,7 @@ impl Engine {
             Next::Nothing => return Ok(Stretch::Last),
         };
         let from = address.max(vma.start());
-        let to = from.saturating_add(STRETCH).min(vma.end());
-        vma.unshare(from, to, Zeal::AsFault)?;
+        let to = vma.unshare(from, vma.end(), Zeal::AsFault, &mut steps)?;
         Ok(Stretch::Until(to))
     }
 

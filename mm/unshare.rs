@@ -13,6 +13,7 @@ use super::{
         Notified, //
     },
     space::Vma,
+    walk::KsmPage,
     zero, //
 };
 use crate::delay::{
@@ -27,6 +28,9 @@ use kernel::{
 
 /// Times that a page is looked at anew at most because it has changed.
 const MOST_LOOKS: u32 = 100;
+
+/// So many copies cost a step.
+const COPIES_PER_STEP: usize = 16;
 
 /// What may be done to get the memory of a copy.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -101,14 +105,28 @@ impl LockedPte<'_> {
 struct Fresh(PageRef);
 
 impl Vma<'_> {
-    /// Gives every mapping of a KSM page in `[from, to)` a private copy. Sleeps.
+    /// Gives every mapping of a KSM page in `[from, to)` a private copy, as far as it comes with so many `steps`: a page table
+    /// without such pages takes one, and so do many places without a page table, or several copies. Returns the address up to
+    /// which it is done. Sleeps.
     ///
     /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and one that changes whenever it is looked
     /// at. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
-    pub(crate) fn unshare(&self, from: usize, to: usize, zeal: Zeal) -> Result {
+    pub(crate) fn unshare(
+        &self,
+        from: usize,
+        to: usize,
+        zeal: Zeal,
+        steps: &mut usize,
+    ) -> Result<usize> {
         let mut address = from;
         let mut looks = 0u32;
-        while let Some(at) = self.next_ksm_page(address, to) {
+        let mut copies = 0usize;
+        loop {
+            let at = match self.next_ksm_page(address, to, steps) {
+                KsmPage::At(at) => at,
+                KsmPage::From(at) => return Ok(at),
+                KsmPage::Nothing => return Ok(to),
+            };
             if at != address {
                 looks = 0;
             }
@@ -124,8 +142,14 @@ impl Vma<'_> {
                 looks = 0;
             }
             super::breathe();
+            copies = copies.saturating_add(1);
+            if copies % COPIES_PER_STEP == 0 {
+                *steps = steps.saturating_sub(1);
+                if *steps == 0 {
+                    return Ok(address);
+                }
+            }
         }
-        Ok(())
     }
 
     /// Gives the mapping at `address`, which lies in the VMA, a page that it shares with nobody, neither by a merge nor by

@@ -44,14 +44,52 @@ struct Gather<'a> {
     enough: usize,
     /// Where the next gathering goes on.
     resume: usize,
-    /// How many page tables may still be passed.
-    steps: &'a mut usize,
+    steps: Steps<'a>,
+}
+
+/// What is looked for by [`Vma::next_ksm_page`].
+struct Search<'a> {
+    /// The page.
+    found: Option<usize>,
+    /// Where to go on from, once there are no more steps.
+    resume: usize,
+    steps: Steps<'a>,
+}
+
+/// What [`Vma::next_ksm_page`] has found.
+pub(super) enum KsmPage {
+    /// A page at this address.
+    At(usize),
+    /// None so far; it is to be looked for from this address on.
+    From(usize),
+    /// None.
+    Nothing,
+}
+
+/// How many page tables a walk may still pass.
+struct Steps<'a> {
+    left: &'a mut usize,
     /// Places without a page table that were passed.
     holes: usize,
 }
 
 /// So many places without a page table cost as much as a page table.
 const HOLES_PER_STEP: usize = 512;
+
+impl Steps<'_> {
+    /// A page table is passed. Returns whether to end. May sleep.
+    fn table(&mut self) -> bool {
+        *self.left = self.left.saturating_sub(1);
+        super::breathe();
+        *self.left == 0
+    }
+
+    /// A place without a page table is passed. Returns whether to end. May sleep.
+    fn hole(&mut self) -> bool {
+        self.holes = self.holes.saturating_add(1);
+        self.holes % HOLES_PER_STEP == 0 && self.table()
+    }
+}
 
 impl Vma<'_> {
     /// Collects anonymous pages mapped in `[from, end of the VMA)`, in address order, with a reference on
@@ -78,8 +116,10 @@ impl Vma<'_> {
             limit,
             enough,
             resume: self.end(),
-            steps,
-            holes: 0,
+            steps: Steps {
+                left: steps,
+                holes: 0,
+            },
         };
         // SAFETY: The mmap lock is held for reading, the range lies inside the VMA, and `gather` outlives the
         // walk.
@@ -118,24 +158,37 @@ impl Vma<'_> {
         found
     }
 
-    /// The first address in `[from, to)` where a KSM page, or a zero page that KSM put there, is mapped.
-    pub(super) fn next_ksm_page(&self, from: usize, to: usize) -> Option<usize> {
-        let mut address = 0usize;
-        // SAFETY: The mmap lock is held for reading; the range is cut to the VMA; `address` outlives the walk.
-        let found = unsafe {
-            let (from, to) = (from.max(self.start()), to.min(self.end()));
-            if from >= to {
-                return None;
-            }
+    /// The first address in `[from, to)` where a KSM page, or a zero page that KSM put there, is mapped. Page tables without
+    /// one are counted down from `steps`, and many places without a page table: with none left it ends. Sleeps between page
+    /// tables.
+    pub(super) fn next_ksm_page(&self, from: usize, to: usize, steps: &mut usize) -> KsmPage {
+        let (from, to) = (from.max(self.start()), to.min(self.end()));
+        if from >= to {
+            return KsmPage::Nothing;
+        }
+        let mut search = Search {
+            found: None,
+            resume: to,
+            steps: Steps {
+                left: steps,
+                holes: 0,
+            },
+        };
+        // SAFETY: The mmap lock is held for reading; the range lies inside the VMA; `search` outlives the walk.
+        let stopped = unsafe {
             bindings::ksm_rs_walk_page_range_vma(
                 self.as_ptr(),
                 from,
                 to,
                 &KSM_PAGE_OPS.0,
-                (&raw mut address).cast(),
+                (&raw mut search).cast(),
             )
         };
-        (found > 0).then_some(address)
+        match search.found {
+            Some(address) => KsmPage::At(address),
+            None if stopped != 0 && search.resume < to => KsmPage::From(search.resume),
+            None => KsmPage::Nothing,
+        }
     }
 }
 
@@ -178,7 +231,7 @@ const fn walk_ops(pmd_entry: PmdEntry, hole: Option<Hole>) -> WalkOps {
 
 static GATHER_OPS: WalkOps = walk_ops(gather_pmd_entry, Some(gather_hole));
 static PAGE_AT_OPS: WalkOps = walk_ops(page_at_pmd_entry, None);
-static KSM_PAGE_OPS: WalkOps = walk_ops(ksm_page_pmd_entry, None);
+static KSM_PAGE_OPS: WalkOps = walk_ops(ksm_page_pmd_entry, Some(ksm_page_hole));
 
 /// Takes a reference on `page` if it is an anonymous page of ordinary memory.
 ///
@@ -327,11 +380,10 @@ unsafe extern "C" fn gather_pmd_entry(
     if gather.resume < end || gather.found.len() >= gather.enough {
         return 1;
     }
-    *gather.steps = gather.steps.saturating_sub(1);
-    super::breathe();
+    let over = gather.steps.table();
     // SAFETY: The walk's mm is valid.
     let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
-    ffi::c_int::from(*gather.steps == 0 || contended)
+    ffi::c_int::from(over || contended)
 }
 
 /// Passes a place that has no page table.
@@ -347,14 +399,11 @@ unsafe extern "C" fn gather_hole(
 ) -> ffi::c_int {
     // SAFETY: `gather()` passed a `Gather` that outlives the walk and is used by nobody else during it.
     let gather = unsafe { &mut *(*walk).private.cast::<Gather<'_>>() };
-    gather.holes = gather.holes.saturating_add(1);
-    if gather.holes % HOLES_PER_STEP != 0 {
-        return 0;
-    }
     gather.resume = end;
-    *gather.steps = gather.steps.saturating_sub(1);
-    super::breathe();
-    ffi::c_int::from(*gather.steps == 0)
+    let over = gather.steps.hole();
+    // SAFETY: The walk's mm is valid.
+    let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
+    ffi::c_int::from(over || contended)
 }
 
 /// Takes the page of one address.
@@ -391,15 +440,16 @@ unsafe extern "C" fn ksm_page_pmd_entry(
     end: ffi::c_ulong,
     walk: *mut bindings::mm_walk,
 ) -> ffi::c_int {
-    let mut found = 0;
-    // SAFETY: The walker hands us a valid PMD entry of `walk.mm`, whose mmap lock is held; `private` is the
-    // address that `next_ksm_page()` waits for. Folios are looked at under the lock of the table that maps
-    // them; a migration entry keeps its folio alive in the same way.
+    // SAFETY: `next_ksm_page()` passed a `Search` that outlives the walk and is used by nobody else during it.
+    let search = unsafe { &mut *(*walk).private.cast::<Search<'_>>() };
+    search.resume = end;
+    // SAFETY: The walker hands us a valid PMD entry of `walk.mm`, whose mmap lock is held. Folios are looked at under the lock
+    // of the table that maps them; a migration entry keeps its folio alive in the same way.
     unsafe {
         let mut lock = core::ptr::null_mut();
         let first = bindings::ksm_rs_pte_offset_map_lock((*walk).mm, pmdp, address, &mut lock);
         if first.is_null() {
-            return 0;
+            return ffi::c_int::from(search.steps.table());
         }
         let mut ptep = first;
         while address < end {
@@ -419,8 +469,7 @@ unsafe extern "C" fn ksm_page_pmd_entry(
             if (!folio.is_null() && bindings::ksm_rs_folio_test_ksm(folio))
                 || bindings::ksm_rs_pte_is_ksm_zero(pte)
             {
-                (*walk).private.cast::<ffi::c_ulong>().write(address);
-                found = 1;
+                search.found = Some(address);
                 break;
             }
             address = address.wrapping_add(PAGE_SIZE);
@@ -428,5 +477,22 @@ unsafe extern "C" fn ksm_page_pmd_entry(
         }
         bindings::ksm_rs_pte_unmap_unlock(first, lock);
     }
-    found
+    ffi::c_int::from(search.found.is_some() || search.steps.table())
+}
+
+/// Passes a place that has no page table.
+///
+/// # Safety
+///
+/// The arguments must be those of a `pte_hole` callback, with `walk.private` as [`Vma::next_ksm_page`] sets it.
+unsafe extern "C" fn ksm_page_hole(
+    _: ffi::c_ulong,
+    end: ffi::c_ulong,
+    _: ffi::c_int,
+    walk: *mut bindings::mm_walk,
+) -> ffi::c_int {
+    // SAFETY: `next_ksm_page()` passed a `Search` that outlives the walk and is used by nobody else during it.
+    let search = unsafe { &mut *(*walk).private.cast::<Search<'_>>() };
+    search.resume = end;
+    ffi::c_int::from(search.steps.hole())
 }

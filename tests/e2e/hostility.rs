@@ -28,6 +28,7 @@ ksm_e2e::tests![
     a_walk_in_front_of_the_scan_leaves_few_records_behind,
     records_of_pages_that_are_gone_are_freed_within_the_budget,
     many_areas_are_not_passed_in_one_go,
+    a_large_empty_area_is_little_work_for_run_2,
     everything_is_unmerged_while_processes_fork_without_end,
     kernel_memory_of_a_process_is_back_when_it_is_gone,
 ];
@@ -289,6 +290,52 @@ fn many_areas_are_not_passed_in_one_go(ksm: &Ksm) -> Result<()> {
     ensure!(
         tries >= AREAS as u64 / STEPS,
         "{AREAS} areas were passed under {tries} holds of the mmap lock"
+    );
+    Ok(())
+}
+
+fn a_large_empty_area_is_little_work_for_run_2(ksm: &Ksm) -> Result<()> {
+    const BYTES: usize = 16 << 40;
+    /// There would be half a million if it were done 32 MB at a time.
+    const MOST_HOLDS: u64 = 100;
+    // SAFETY: A new mapping at an address of the kernel's choice touches no existing memory.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            BYTES,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    ensure!(base != libc::MAP_FAILED, "no room for a large area");
+    let region = Region {
+        addr: base as usize,
+        pages: BYTES / memory::PAGE,
+    };
+    memory::advise(region, libc::MADV_NOHUGEPAGE)?;
+    memory::advise(region, libc::MADV_MERGEABLE)?;
+    let (first, last) = (region.part(0, 1), region.part(region.pages - 1, 1));
+    for page in [first, last] {
+        // SAFETY: The region was just mapped.
+        unsafe { memory::fill(page, CONTENT) };
+    }
+    ksm.merge_until(Counters::merged(1, 1))?;
+    let holds = Calls::of("down_read_trylock")?;
+    ksm.unmerge()?;
+    let holds = holds.so_far()?;
+    eprintln!("{holds} holds of mmap locks");
+    ksm.expect(Counters::merged(0, 0))?;
+    for page in [first, last] {
+        let pages = procfs::ksm_pages(own_pid(), page)?;
+        ensure!(pages == 0, "a page is still merged");
+        // SAFETY: It is mapped.
+        CONTENT.check(&unsafe { memory::checksums(page) })?;
+    }
+    ensure!(
+        holds <= MOST_HOLDS,
+        "run=2 took {holds} holds of mmap locks for two pages"
     );
     Ok(())
 }
