@@ -224,7 +224,7 @@ impl Ksm {
         }
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
-            let undone = self.unmerge_all(true, true);
+            let undone = self.unmerge_all(true, false);
             if undone.is_err() {
                 self.knobs.set_run(Run::Stop);
                 self.stock.set_unmerging(false);
@@ -344,8 +344,8 @@ impl Ksm {
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
     /// to go on with the others and return the error at the end. `Err(EAGAIN)`: all but those were done whose mmap locks were
-    /// not to be had for long, or at once unless `patient`.
-    fn unmerge_all(&self, give_up: bool, patient: bool) -> Result {
+    /// not to be had for long; `again` says to wait only for those that were not given up before.
+    fn unmerge_all(&self, give_up: bool, again: bool) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
         let mut locked = false;
@@ -360,16 +360,14 @@ impl Ksm {
                 // Of an address space that we have no place for, nothing is merged by us; but its parent's pages may be.
                 result = Err(error);
             }
-            let patient = patient
-                && returns < MOST_RETURNS
-                && fruitless < MOST_FRUITLESS
-                && !kthread::killed();
+            let patient =
+                returns < MOST_RETURNS && fruitless < MOST_FRUITLESS && !kthread::killed();
             let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
                 Ok(Unmerged::Some) => fruit = true,
                 Ok(Unmerged::All) if taken_in == Ok(true) => {}
                 Ok(Unmerged::All) => break,
-                Ok(Unmerged::Locked) if patient => {
+                Ok(Unmerged::Locked { hopeless }) if patient && !(again && hopeless) => {
                     if guard.engine.put_off(&mut at) {
                         returns = returns.saturating_add(1);
                         wait = !fruit;
@@ -380,9 +378,9 @@ impl Ksm {
                         fruit = false;
                     }
                 }
-                Ok(Unmerged::Locked) => {
+                Ok(Unmerged::Locked { .. }) => {
                     locked = true;
-                    guard.engine.skip(&mut at);
+                    guard.engine.give_up(&mut at);
                 }
                 Err(error) => {
                     result = Err(error);
@@ -604,7 +602,8 @@ impl Ksm {
         self.stock.set_unmerging(true);
         for left in (0..UNLOAD_TRIES).rev() {
             // Who keeps their mmap lock is waited for once.
-            let undone = self.unmerge_all(false, left == UNLOAD_TRIES - 1);
+            let again = left < UNLOAD_TRIES.saturating_sub(1);
+            let undone = self.unmerge_all(false, again);
             while self.registry.has_dead() {
                 self.bury_some();
             }

@@ -142,7 +142,7 @@ impl Engine {
             Seen::Foreign => {
                 self.detach(id);
                 // Left over from a merge that could not be recorded, or taken back, for want of memory.
-                self.unshare(id, 1, Zeal::Modest);
+                self.unshare(id, 1);
             }
             Seen::Unread | Seen::Skipped => {}
         }
@@ -290,7 +290,7 @@ impl Engine {
     /// Takes a mapping off the page of another domain's node: its address space belonged to that domain when it was
     /// merged, or was forked by one that did. Sleeps.
     fn part(&mut self, id: Id, node_id: Id) {
-        self.unshare(id, 1, Zeal::AsFault);
+        self.unshare(id, 1);
         // It stays if there is no memory for a copy, or the mmap lock is not to be had: the next pass tries again, and as long
         // as the mapping may be there, the core must find it.
         let stays = self.maps_page_of(id, node_id) != Some(false);
@@ -540,7 +540,7 @@ impl Engine {
                 Err(why) => {
                     drop(page);
                     undone = true;
-                    self.unshare(id, UNSHARE_TRIES, Zeal::Modest);
+                    self.unshare(id, UNSHARE_TRIES);
                     Err(why)
                 }
             }
@@ -686,12 +686,12 @@ impl Engine {
     /// Takes a merge back that could not be recorded. Sleeps.
     fn undo(&mut self, id: Id, rmap: MergedRmap) {
         self.discard_rmap(rmap);
-        self.unshare(id, UNSHARE_TRIES, Zeal::Modest);
+        self.unshare(id, UNSHARE_TRIES);
     }
 
     /// Gives the item's address a page of its own, if a KSM page is mapped there. What cannot be copied now, for want of
     /// memory or of the mmap lock, which is tried so many times, stays a KSM page, which the next pass finds. Sleeps.
-    fn unshare(&self, id: Id, tries: u32, zeal: Zeal) {
+    fn unshare(&self, id: Id, tries: u32) {
         let Some((space, address)) = self.place_of(id) else {
             return;
         };
@@ -704,7 +704,7 @@ impl Engine {
         };
         let end = address.saturating_add(kernel::page::PAGE_SIZE);
         let mut steps = MOST_STEPS;
-        if vma.unshare(address, end, zeal, &mut steps).is_err() {
+        if vma.unshare(address, end, Zeal::Modest, &mut steps).is_err() {
             self.stats.alloc_failures.up();
         }
     }

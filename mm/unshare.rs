@@ -13,7 +13,10 @@ use super::{
         Notified, //
     },
     space::Vma,
-    walk::KsmPage,
+    walk::{
+        KsmPage,
+        MOST_STEPS, //
+    },
     zero, //
 };
 use crate::delay::{
@@ -29,8 +32,8 @@ use kernel::{
 /// Times that a page is looked at anew at most because it has changed.
 const MOST_LOOKS: u32 = 100;
 
-/// So many copies cost a step.
-const COPIES_PER_STEP: usize = 16;
+// A page that changes whenever it is looked at does not use up all steps before it is left alone.
+const _: () = assert!(MOST_STEPS > MOST_LOOKS as usize);
 
 /// What may be done to get the memory of a copy.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -105,9 +108,9 @@ impl LockedPte<'_> {
 struct Fresh(PageRef);
 
 impl Vma<'_> {
-    /// Gives every mapping of a KSM page in `[from, to)` a private copy, as far as it comes with so many `steps`: a page table
-    /// without such pages takes one, and so do many places without a page table, or several copies. Returns the address up to
-    /// which it is done. Sleeps.
+    /// Gives every mapping of a KSM page in `[from, to)` a private copy, as far as it comes with so many `steps`: each look at a
+    /// page table takes one, so each copy does, and so do many places without a page table. Returns the address up to which it
+    /// is done; sooner also if somebody waits for the mmap lock. Sleeps.
     ///
     /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and one that changes whenever it is looked
     /// at. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.
@@ -120,7 +123,6 @@ impl Vma<'_> {
     ) -> Result<usize> {
         let mut address = from;
         let mut looks = 0u32;
-        let mut copies = 0usize;
         loop {
             let at = match self.next_ksm_page(address, to, steps) {
                 KsmPage::At(at) => at,
@@ -142,12 +144,8 @@ impl Vma<'_> {
                 looks = 0;
             }
             super::breathe();
-            copies = copies.saturating_add(1);
-            if copies % COPIES_PER_STEP == 0 {
-                *steps = steps.saturating_sub(1);
-                if *steps == 0 {
-                    return Ok(address);
-                }
+            if *steps == 0 {
+                return Ok(address);
             }
         }
     }

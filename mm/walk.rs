@@ -158,9 +158,9 @@ impl Vma<'_> {
         found
     }
 
-    /// The first address in `[from, to)` where a KSM page, or a zero page that KSM put there, is mapped. Page tables without
-    /// one are counted down from `steps`, and many places without a page table: with none left it ends. Sleeps between page
-    /// tables.
+    /// The first address in `[from, to)` where a KSM page, or a zero page that KSM put there, is mapped. Page tables are
+    /// counted down from `steps`, each time that they are looked at, and many places without one: with none left it ends, and
+    /// when somebody waits for the mmap lock. Sleeps between page tables.
     pub(super) fn next_ksm_page(&self, from: usize, to: usize, steps: &mut usize) -> KsmPage {
         let (from, to) = (from.max(self.start()), to.min(self.end()));
         if from >= to {
@@ -477,7 +477,10 @@ unsafe extern "C" fn ksm_page_pmd_entry(
         }
         bindings::ksm_rs_pte_unmap_unlock(first, lock);
     }
-    ffi::c_int::from(search.found.is_some() || search.steps.table())
+    let over = search.steps.table();
+    // SAFETY: The walk's mm is valid.
+    let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
+    ffi::c_int::from(search.found.is_some() || over || contended)
 }
 
 /// Passes a place that has no page table.
@@ -494,5 +497,8 @@ unsafe extern "C" fn ksm_page_hole(
     // SAFETY: `next_ksm_page()` passed a `Search` that outlives the walk and is used by nobody else during it.
     let search = unsafe { &mut *(*walk).private.cast::<Search<'_>>() };
     search.resume = end;
-    ffi::c_int::from(search.steps.hole())
+    let over = search.steps.hole();
+    // SAFETY: The walk's mm is valid.
+    let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
+    ffi::c_int::from(over || contended)
 }
