@@ -69,8 +69,10 @@ fn areas(pid: i32) -> Result<Vec<(Region, bool)>> {
     Ok(areas)
 }
 
+/// Whether a process has ended, or is about to and has no memory any more.
 fn has_ended(pid: i32) -> bool {
-    !Path::new("/proc").join(pid.to_string()).exists()
+    areas(pid).is_ok_and(|areas| areas.is_empty())
+        || !Path::new("/proc").join(pid.to_string()).exists()
 }
 
 impl Census {
@@ -94,9 +96,16 @@ impl Census {
             }
             let counted = fs::read_to_string(entry.path().join("comm"))
                 .map_err(anyhow::Error::from)
-                .and_then(|name| census.count(pid, name.trim_end().to_owned(), &areas, &mut flags));
+                .and_then(|name| Self::count(pid, name.trim_end().to_owned(), &areas, &mut flags));
             match counted {
-                Ok(process) => census.processes.push(process),
+                Ok((process, pages)) => {
+                    census.processes.push(process);
+                    for (pfn, more) in pages {
+                        let mappings = census.pages.entry(pfn).or_default();
+                        mappings.all += more.all;
+                        mappings.mergeable += more.mergeable;
+                    }
+                }
                 // It has ended meanwhile.
                 Err(_) if has_ended(pid) => {}
                 Err(error) => return Err(error),
@@ -105,13 +114,14 @@ impl Census {
         Ok(census)
     }
 
+    /// One process, and the KSM pages that it maps.
     fn count(
-        &mut self,
         pid: i32,
         name: String,
         areas: &[(Region, bool)],
         known: &mut HashMap<Pfn, PageFlags>,
-    ) -> Result<Process> {
+    ) -> Result<(Process, BTreeMap<Pfn, Mappings>)> {
+        let mut pages: BTreeMap<Pfn, Mappings> = BTreeMap::new();
         let mut process = Process {
             pid,
             name,
@@ -135,13 +145,13 @@ impl Census {
                 process.zero += u64::from(*mergeable && flags.zero_page());
                 if flags.ksm() {
                     process.merged += u64::from(*mergeable);
-                    let mappings = self.pages.entry(pfn).or_default();
+                    let mappings = pages.entry(pfn).or_default();
                     mappings.all += 1;
                     mappings.mergeable += u64::from(*mergeable);
                 }
             }
         }
-        Ok(process)
+        Ok((process, pages))
     }
 
     /// KSM pages that are mapped in memory that may be merged.
