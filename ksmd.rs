@@ -82,8 +82,8 @@ const BURIAL_MILLISECS: u32 = 20;
 /// How long to wait before an mmap lock that somebody else has is tried again.
 const LOCK_PAUSE: Delta = Delta::from_millis(1);
 
-/// How often, in all, whoever unmerges comes back to address spaces whose mmap locks were not to be had; and how often one
-/// after the other without having unmerged anything meanwhile, a pause each time.
+/// How often, in all, whoever unmerges comes back to address spaces whose mmap locks were not to be had, after a pause each
+/// time; and how often one after the other without having unmerged anything meanwhile.
 const MOST_RETURNS: u32 = 60_000;
 const MOST_FRUITLESS: u32 = 10_000;
 
@@ -224,7 +224,7 @@ impl Ksm {
         }
         self.stock.set_unmerging(run == Run::Unmerge);
         if run == Run::Unmerge {
-            let undone = self.unmerge_all(true, false);
+            let undone = self.unmerge_all(true, &mut 0);
             if undone.is_err() {
                 self.knobs.set_run(Run::Stop);
                 self.stock.set_unmerging(false);
@@ -344,12 +344,12 @@ impl Ksm {
     ///
     /// If it cannot be done for one address space, `give_up` says whether to return at once, as also on a signal, or
     /// to go on with the others and return the error at the end. `Err(EAGAIN)`: all but those were done whose mmap locks were
-    /// not to be had for long; `again` says to wait only for those that were not given up before.
-    fn unmerge_all(&self, give_up: bool, again: bool) -> Result {
+    /// not to be had for long; `returns` counts how often it has come back to one.
+    fn unmerge_all(&self, give_up: bool, returns: &mut u32) -> Result {
         let _origin = OomOrigin::mark();
         let mut result = Ok(());
         let mut locked = false;
-        let (mut returns, mut fruitless) = (0u32, 0u32);
+        let mut fruitless = 0u32;
         // Since the last return.
         let mut fruit = false;
         let mut at = self.engine().engine.start_unmerging();
@@ -361,16 +361,16 @@ impl Ksm {
                 result = Err(error);
             }
             let patient =
-                returns < MOST_RETURNS && fruitless < MOST_FRUITLESS && !kthread::killed();
+                *returns < MOST_RETURNS && fruitless < MOST_FRUITLESS && !kthread::killed();
             let mut wait = false;
             match guard.engine.unmerge_some(&mut at) {
                 Ok(Unmerged::Some) => fruit = true,
                 Ok(Unmerged::All) if taken_in == Ok(true) => {}
                 Ok(Unmerged::All) => break,
-                Ok(Unmerged::Locked { hopeless }) if patient && !(again && hopeless) => {
+                Ok(Unmerged::Locked) if patient => {
                     if guard.engine.put_off(&mut at) {
-                        returns = returns.saturating_add(1);
-                        wait = !fruit;
+                        *returns = returns.saturating_add(1);
+                        wait = true;
                         fruitless = match fruit {
                             true => 0,
                             false => fruitless.saturating_add(1),
@@ -378,9 +378,9 @@ impl Ksm {
                         fruit = false;
                     }
                 }
-                Ok(Unmerged::Locked { .. }) => {
+                Ok(Unmerged::Locked) => {
                     locked = true;
-                    guard.engine.give_up(&mut at);
+                    guard.engine.skip(&mut at);
                 }
                 Err(error) => {
                     result = Err(error);
@@ -600,10 +600,9 @@ impl Ksm {
         self.stop_workers(&mut workers, 0);
         self.knobs.set_run(Run::Unmerge);
         self.stock.set_unmerging(true);
+        let mut returns = 0;
         for left in (0..UNLOAD_TRIES).rev() {
-            // Who keeps their mmap lock is waited for once.
-            let again = left < UNLOAD_TRIES.saturating_sub(1);
-            let undone = self.unmerge_all(false, again);
+            let undone = self.unmerge_all(false, &mut returns);
             while self.registry.has_dead() {
                 self.bury_some();
             }

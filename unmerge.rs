@@ -51,10 +51,7 @@ pub(crate) enum Unmerged {
     /// All address spaces are.
     All,
     /// The mmap lock cannot be had.
-    Locked {
-        /// It was given up before.
-        hopeless: bool,
-    },
+    Locked,
 }
 
 /// What came of unsharing a stretch of one address space.
@@ -98,13 +95,7 @@ impl Engine {
             match self.unshare_stretch(slot, at.address)? {
                 Stretch::Until(address) => at.address = address,
                 Stretch::Last => at.unshared = true,
-                Stretch::Locked => {
-                    let hopeless = self.slots.get(slot).is_some_and(|slot| slot.unreachable);
-                    return Ok(Unmerged::Locked { hopeless });
-                }
-            }
-            if let Some(slot) = self.slots.get_mut(slot) {
-                slot.unreachable = false;
+                Stretch::Locked => return Ok(Unmerged::Locked),
             }
         } else if self.free_items(slot, BATCH_PAGES) {
             self.skip(at);
@@ -118,14 +109,6 @@ impl Engine {
             slot.unmerged = self.round;
         }
         *at = Unmerging::of(at.slot.saturating_add(1), 0);
-    }
-
-    /// As [`Engine::skip`], as the mmap lock of the current one was waited for in vain.
-    pub(crate) fn give_up(&mut self, at: &mut Unmerging) {
-        if let Some(slot) = self.slots.get_mut(at.slot) {
-            slot.unreachable = true;
-        }
-        self.skip(at);
     }
 
     /// Goes on with the next address space, and comes back to the current one when the others have had their turn. Returns

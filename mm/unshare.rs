@@ -110,7 +110,7 @@ struct Fresh(PageRef);
 impl Vma<'_> {
     /// Gives every mapping of a KSM page in `[from, to)` a private copy, as far as it comes with so many `steps`: each look at a
     /// page table takes one, so each copy does, and so do many places without a page table. Returns the address up to which it
-    /// is done; sooner also if somebody waits for the mmap lock. Sleeps.
+    /// is done; sooner also if somebody waits for the mmap lock once a page table is done. Sleeps.
     ///
     /// Left as they are, as stock leaves them, are pages whose memory has gone bad, and one that changes whenever it is looked
     /// at. `Err(ENOMEM)`: there was no memory for a copy; some pages may be left merged.

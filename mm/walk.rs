@@ -497,8 +497,5 @@ unsafe extern "C" fn ksm_page_hole(
     // SAFETY: `next_ksm_page()` passed a `Search` that outlives the walk and is used by nobody else during it.
     let search = unsafe { &mut *(*walk).private.cast::<Search<'_>>() };
     search.resume = end;
-    let over = search.steps.hole();
-    // SAFETY: The walk's mm is valid.
-    let contended = unsafe { bindings::ksm_rs_mmap_lock_contended((*walk).mm) };
-    ffi::c_int::from(over || contended)
+    ffi::c_int::from(search.steps.hole())
 }
