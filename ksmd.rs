@@ -592,8 +592,8 @@ impl Ksm {
 
     /// Undoes everything, for unload: no structure of ours is read by anybody afterwards. Sleeps.
     ///
-    /// What cannot be undone, for want of memory or as a process hangs in its exit, is tried again for a while, unless the
-    /// current task is killed: by the kernel perhaps, for asking for memory that is not there. What is left then stays
+    /// What cannot be undone, for want of memory or as a process hangs in its exit or keeps its mmap lock, is tried again for a
+    /// while, unless the current task is killed: by the kernel perhaps, for asking for memory that is not there. What is left then stays
     /// merged, as KSM pages that belong to no node.
     pub(crate) fn dismantle(&self) {
         let mut workers = self.control.lock();

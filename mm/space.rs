@@ -107,8 +107,8 @@ impl Entered {
 
     /// Read-locks the address space, unless somebody has it locked for writing or waits to. Does not sleep.
     ///
-    /// They may take as long as they like, if a file system of theirs has to answer first (FUSE); so nobody waits for that
-    /// with a lock of ours.
+    /// They may take as long as they like, if a file system of theirs has to answer first (FUSE); so there is no way here to
+    /// wait for them without a limit.
     pub(crate) fn try_lock(&self) -> Option<Locked<'_>> {
         let mm: &MmWithUser = &self.mm;
         Some(Locked {
