@@ -1,7 +1,7 @@
 //! Blocks of memory that go offline and come back.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::thread;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -22,11 +22,15 @@ use super::feats;
 use super::poison;
 use crate::actor::Stage;
 
-/// How long the kernel may try to empty a block: for ever, if a page is pinned, and nothing is merged meanwhile.
-const LIMIT: Duration = Duration::from_secs(2);
+/// How long the kernel may try to empty a block, in seconds: it would try for ever if a page is pinned, and nothing is merged
+/// meanwhile. Short ones end many attempts half way, the long one lets it succeed on a machine that has much to do.
+const LIMITS: [u64; 3] = [2, 5, 15];
 
-/// What the kernel may say when it cannot empty a block, or was interrupted.
-const NOT_OFFLINE: [Errno; 4] = [Errno::EAGAIN, Errno::EBUSY, Errno::EINTR, Errno::ENOMEM];
+/// Between two attempts.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What the kernel may say when it cannot empty a block. It also says EINTR, to the freezer, upon which `fs::write` tries again.
+const NOT_OFFLINE: [Errno; 3] = [Errno::EAGAIN, Errno::EBUSY, Errno::ENOMEM];
 
 /// The block that one of the region's pages is in, if it can go offline.
 fn block_of(region: Region, blocks: &[Block]) -> Result<Option<Block>> {
@@ -65,16 +69,24 @@ pub fn take_offline_and_back(stage: &mut Stage) -> Result<()> {
     }
     let keep = block.keep();
     stage.doing(&format!("taking {block:?} offline"));
-    let mut kid = stage.fork(|_| match fs::write(block.state_file(), "offline") {
-        Ok(()) => Ok(()),
-        Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-            Some(errno) if NOT_OFFLINE.contains(&errno) => Ok(()),
-            _ if error.kind() == ErrorKind::Interrupted => Ok(()),
-            _ => Err(error).context("taking a block offline"),
-        },
-    })?;
+    let seconds = *stage.rng.choice(&LIMITS).context("limits")?;
+    let limit = Duration::from_secs(seconds) * wait::slowness();
     let begun = Instant::now();
-    let limit = LIMIT * wait::slowness();
+    let mut kid = stage.fork(|_| {
+        loop {
+            match fs::write(block.state_file(), "offline") {
+                Ok(()) => return Ok(()),
+                Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                    Some(errno) if NOT_OFFLINE.contains(&errno) => {}
+                    _ => return Err(error).context("taking a block offline"),
+                },
+            }
+            if begun.elapsed() > limit {
+                return Ok(());
+            }
+            thread::sleep(PAUSE);
+        }
+    })?;
     while kid.runs()? && begun.elapsed() < limit {
         stage.check_all()?;
     }
