@@ -247,8 +247,8 @@ impl Quiet {
     }
 }
 
-/// All processes have as much memory as the kernel says. Those of the machine itself may still be at work for a moment, so
-/// they are counted again.
+/// All processes have as much memory as the kernel says. The kernel itself may still be at work on some for a moment, so they are
+/// counted again.
 fn expect_right_sizes() -> Result<()> {
     wait::until_or_explain("all processes are of the size that they show", REST, || {
         let wrong = Census::take()?.wrong_sizes()?;

@@ -26,6 +26,10 @@ struct Process {
     zero: u64,
     /// Mappings of anonymous pages, KSM pages among them.
     anonymous: u64,
+    /// Entries of pages that are in swap, or on their way to another place.
+    elsewhere: u64,
+    /// The CPU time it had when counting began, in nanoseconds.
+    ran: u64,
     /// Pages that the module knows, as `/proc` says.
     items: u64,
 }
@@ -73,6 +77,28 @@ fn areas(pid: i32) -> Result<Vec<(Region, bool)>> {
 fn has_ended(pid: i32) -> bool {
     areas(pid).is_ok_and(|areas| areas.is_empty())
         || !Path::new("/proc").join(pid.to_string()).exists()
+}
+
+impl Process {
+    /// See [`Census::wrong_sizes`].
+    fn wrong_size(&self) -> Result<Option<String>> {
+        let Self {
+            pid,
+            name,
+            anonymous,
+            elsewhere,
+            ..
+        } = self;
+        let said = procfs::status(*pid, "RssAnon")? * 1024 / PAGE as u64;
+        let swapped = procfs::status(*pid, "VmSwap")? * 1024 / PAGE as u64;
+        if said == *anonymous || procfs::cpu_nanosecs(*pid)? != self.ran {
+            return Ok(None);
+        }
+        Ok(Some(format!(
+            "RssAnon of {name} {pid} is {said} pages, but there are {anonymous}; VmSwap is {swapped} pages, {elsewhere} are in \
+             swap or on their way"
+        )))
+    }
 }
 
 impl Census {
@@ -128,10 +154,13 @@ impl Census {
             merged: 0,
             zero: 0,
             anonymous: 0,
+            elsewhere: 0,
+            ran: procfs::cpu_nanosecs(pid)?,
             items: procfs::ksm_stat(pid, "ksm_rmap_items")?,
         };
         for (region, mergeable) in areas {
             for entry in procfs::map_entries(pid, *region)? {
+                process.elsewhere += u64::from(entry.swapped());
                 let Some(pfn) = entry.pfn() else { continue };
                 let flags = match known.get(&pfn) {
                     Some(flags) => *flags,
@@ -183,23 +212,17 @@ impl Census {
         self.processes.iter().map(|process| process.items).sum()
     }
 
-    /// Where the kernel says that a process has more or less anonymous memory than its page tables do.
+    /// Where the kernel says that a process has more or less anonymous memory than its page tables do. Of a process that has run
+    /// since it was counted, as one of the machine itself may, nothing is said.
     pub fn wrong_sizes(&self) -> Result<Vec<String>> {
         // This process's own memory grows as it counts.
         let me = std::process::id() as i32;
         let mut wrong = Vec::new();
         for process in self.processes.iter().filter(|process| process.pid != me) {
-            let (pid, seen) = (process.pid, process.anonymous);
-            let said = match procfs::status(pid, "RssAnon") {
-                Ok(kilobytes) => kilobytes * 1024 / PAGE as u64,
-                Err(_) if has_ended(pid) => continue,
+            match process.wrong_size() {
+                Ok(problem) => wrong.extend(problem),
+                Err(_) if has_ended(process.pid) => {}
                 Err(error) => return Err(error),
-            };
-            if said != seen {
-                let name = &process.name;
-                wrong.push(format!(
-                    "RssAnon of {name} {pid} is {said} pages, but there are {seen}"
-                ));
             }
         }
         Ok(wrong)
