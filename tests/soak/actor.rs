@@ -65,7 +65,7 @@ pub struct Actor {
     pub name: &'static str,
     /// One of process, space, pressure, pins, control.
     pub group: &'static str,
-    /// One step, of about a second; of a few when the machine is slow.
+    /// One step, of about a second; of a few when the machine is slow, or as long as it asks [`Stage::over`].
     pub step: Step,
 }
 

@@ -28,7 +28,7 @@ struct Process {
     anonymous: u64,
     /// Entries of pages that are in swap, or on their way to another place.
     elsewhere: u64,
-    /// The CPU time it had when counting began, in nanoseconds.
+    /// The CPU time that its first thread had before its pages were counted, in nanoseconds.
     ran: u64,
     /// Pages that the module knows, as `/proc` says.
     items: u64,
@@ -79,9 +79,18 @@ fn has_ended(pid: i32) -> bool {
         || !Path::new("/proc").join(pid.to_string()).exists()
 }
 
+/// See [`Census::sizes`].
+#[derive(Default)]
+pub struct Sizes {
+    /// Where the kernel says that a process has more or less anonymous memory than its page tables do.
+    pub wrong: Vec<String>,
+    /// The same of processes that ran while they were counted, as those of the machine itself may, so that it proves nothing.
+    pub unsure: Vec<String>,
+}
+
 impl Process {
-    /// See [`Census::wrong_sizes`].
-    fn wrong_size(&self) -> Result<Option<String>> {
+    /// See [`Census::sizes`].
+    fn size(&self, sizes: &mut Sizes) -> Result<()> {
         let Self {
             pid,
             name,
@@ -91,13 +100,19 @@ impl Process {
         } = self;
         let said = procfs::status(*pid, "RssAnon")? * 1024 / PAGE as u64;
         let swapped = procfs::status(*pid, "VmSwap")? * 1024 / PAGE as u64;
-        if said == *anonymous || procfs::cpu_nanosecs(*pid)? != self.ran {
-            return Ok(None);
+        if said == *anonymous {
+            return Ok(());
         }
-        Ok(Some(format!(
+        let problem = format!(
             "RssAnon of {name} {pid} is {said} pages, but there are {anonymous}; VmSwap is {swapped} pages, {elsewhere} are in \
              swap or on their way"
-        )))
+        );
+        if procfs::cpu_nanosecs(*pid)? == self.ran {
+            sizes.wrong.push(problem);
+        } else {
+            sizes.unsure.push(problem);
+        }
+        Ok(())
     }
 }
 
@@ -212,20 +227,19 @@ impl Census {
         self.processes.iter().map(|process| process.items).sum()
     }
 
-    /// Where the kernel says that a process has more or less anonymous memory than its page tables do. Of a process that has run
-    /// since it was counted, as one of the machine itself may, nothing is said.
-    pub fn wrong_sizes(&self) -> Result<Vec<String>> {
+    /// How much anonymous memory the kernel says that processes have, compared with what their page tables do.
+    pub fn sizes(&self) -> Result<Sizes> {
         // This process's own memory grows as it counts.
         let me = std::process::id() as i32;
-        let mut wrong = Vec::new();
+        let mut sizes = Sizes::default();
         for process in self.processes.iter().filter(|process| process.pid != me) {
-            match process.wrong_size() {
-                Ok(problem) => wrong.extend(problem),
+            match process.size(&mut sizes) {
+                Ok(()) => {}
                 Err(_) if has_ended(process.pid) => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(wrong)
+        Ok(sizes)
     }
 
     /// Where what the kernel says of merged pages of single processes, and of single pages, is not what their page tables
