@@ -1,6 +1,8 @@
 //! A guest of KVM whose memory is merged: it copies pages, and the host reads and writes them too.
 
 use std::path::Path;
+use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -9,11 +11,20 @@ use ksm_e2e::Region;
 use ksm_e2e::memory;
 use ksm_e2e::memory::Mapping;
 use ksm_e2e::memory::PAGE;
+use ksm_e2e::trace::Trace;
+use ksm_e2e::wait;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::Kvm;
 use kvm_ioctls::VcpuExit;
 use kvm_ioctls::VcpuFd;
+use nix::sys::signal::SaFlags;
+use nix::sys::signal::SigAction;
+use nix::sys::signal::SigHandler;
+use nix::sys::signal::SigSet;
+use nix::sys::signal::Signal;
+use nix::sys::signal::sigaction;
+use nix::unistd::alarm;
 
 use crate::actor::Stage;
 
@@ -22,6 +33,15 @@ const CODE: [u8; 3] = [0xf3, 0xa5, 0xf4];
 
 /// Where the guest finds its program; its other memory begins at 0.
 const CODE_AT: u64 = 0x40_0000;
+
+/// How long the guest may take for a page, on a fast kernel; so much that it is stuck if it takes longer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a guest that is stuck is watched, in seconds.
+const WATCHED: u32 = 1;
+
+/// How many events are told of it.
+const TOLD: usize = 200;
 
 /// Bit 1 of the flags, which is always set.
 const FLAGS: u64 = 2;
@@ -33,6 +53,14 @@ pub fn available() -> bool {
 
 /// See the module.
 pub fn guest(stage: &mut Stage) -> Result<()> {
+    // Without SA_RESTART, so that the guest is interrupted.
+    let ignore = SigAction::new(
+        SigHandler::Handler(interrupt),
+        SaFlags::empty(),
+        SigSet::empty(),
+    );
+    // SAFETY: The handler does nothing.
+    unsafe { sigaction(Signal::SIGALRM, &ignore) }?;
     let pages = stage.rng.usize(20..150);
     let region = stage.mergeable(pages)?;
     let code = stage.map(Mapping::pages(1))?;
@@ -117,8 +145,13 @@ fn copy(vcpu: &mut VcpuFd, from: usize, to: usize) -> Result<()> {
         ..kvm_regs::default()
     };
     vcpu.set_regs(&regs).context("KVM_SET_REGS")?;
+    let limit = LIMIT * wait::slowness();
+    let begun = Instant::now();
     loop {
-        match vcpu.run() {
+        alarm::set(limit.as_secs() as u32);
+        let exit = vcpu.run();
+        alarm::cancel();
+        match exit {
             Ok(VcpuExit::Hlt) => return Ok(()),
             Ok(other) => {
                 let other = format!("{other:?}");
@@ -129,5 +162,32 @@ fn copy(vcpu: &mut VcpuFd, from: usize, to: usize) -> Result<()> {
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) => return Err(error).context("KVM_RUN"),
         }
+        if begun.elapsed() > limit {
+            let what = what_it_does(vcpu).context("looking what a guest does that does not end")?;
+            bail!("the guest does not end within {limit:?}: {what}");
+        }
     }
+}
+
+extern "C" fn interrupt(_: libc::c_int) {}
+
+/// Watches a guest that is stuck, and says what KVM does meanwhile.
+fn what_it_does(vcpu: &mut VcpuFd) -> Result<String> {
+    let before = vcpu.get_regs()?;
+    let trace = Trace::new()?;
+    for group in ["kvm", "kvmmmu"] {
+        trace.event(group, None)?;
+    }
+    alarm::set(WATCHED);
+    let exit = format!("{:?}", vcpu.run());
+    alarm::cancel();
+    trace.silence()?;
+    let after = vcpu.get_regs()?;
+    let (sregs, events) = (vcpu.get_sregs()?, vcpu.get_vcpu_events()?);
+    let mut lines = trace.lines()?;
+    let skipped = lines.len().saturating_sub(TOLD);
+    let lines = lines.split_off(skipped).join("\n");
+    Ok(format!(
+        "{exit}; {before:x?}, and after {WATCHED} s {after:x?}; {sregs:x?} {events:x?}; {skipped} events and then\n{lines}"
+    ))
 }
