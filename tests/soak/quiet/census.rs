@@ -204,7 +204,12 @@ impl Census {
         pages.filter(|mappings| mappings.mergeable > 0).count() as u64
     }
 
-    /// Such mappings of them.
+    /// KSM pages that are mapped anywhere.
+    pub fn all_pages(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// Mappings of KSM pages in memory that may be merged.
     pub fn mappings(&self) -> u64 {
         self.pages.values().map(|mappings| mappings.mergeable).sum()
     }
