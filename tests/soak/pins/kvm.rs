@@ -61,9 +61,9 @@ pub fn available() -> bool {
 /// How a guest's copying ended.
 enum Outcome {
     Copied,
-    /// What the vCPU executes is not the guest's program any more, and no fault of its memory. QEMU's emulation of SVM may leave a
-    /// guest twice, if an interrupt comes just as it halts, and saves the state of the kernel that runs the guest as the
-    /// guest's own: it goes on behind that kernel's VMRUN.
+    /// What the vCPU executes is not the guest's program any more, and no fault of its memory: it has the registers of the kernel
+    /// that runs it, and goes on behind that kernel's VMRUN. Seen with QEMU 7.2's emulation of SVM, which must have left
+    /// the guest twice.
     Lost,
 }
 
