@@ -28,9 +28,9 @@ const EVENTS: &str = "ksm_faults";
 /// Of them those that tell of failures.
 const FAILURES: [&str; 3] = ["slab", "pages", "charge"];
 
-/// What KASAN keeps stacks in, of allocations and of what is freed: it copes without memory, and its notes are no
-/// allocations of ours.
-const NOTES_OF_KASAN: &str = "stack_depot_save_flags";
+/// Functions that take memory for themselves and cope without it, which is no allocation of ours: KASAN keeps stacks, and what is
+/// freed waits for its RCU callback in a note, or with its likes in a sheaf.
+const COPING: [&str; 3] = ["stack_depot_save_flags", "kmem_cache_free", "kfree"];
 
 /// Most callers that the kernel looks at.
 const DEPTH: u64 = 32;
@@ -322,7 +322,7 @@ impl Recorder {
                 in_stack = true;
             } else if !line.trim_start().starts_with("=>") {
                 in_stack = false;
-            } else if in_stack && line.contains(NOTES_OF_KASAN) {
+            } else if in_stack && COPING.iter().any(|name| line.contains(name)) {
                 failures.pop();
                 in_stack = false;
             } else if in_stack
