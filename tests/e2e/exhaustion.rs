@@ -19,6 +19,7 @@ use ksm_e2e::exhausted::Brief;
 use ksm_e2e::exhausted::CONTENT;
 use ksm_e2e::exhausted::FullGroup;
 use ksm_e2e::exhausted::PAGES;
+use ksm_e2e::exhausted::favour;
 use ksm_e2e::exhausted::protect;
 use ksm_e2e::kmsg::Log;
 use ksm_e2e::ksm::Counters;
@@ -236,7 +237,7 @@ impl Crowded {
     /// Processes.
     const SHARERS: usize = 4;
     /// Pages of each.
-    const PAGES: usize = 6144;
+    const PAGES: usize = 8192;
     /// Kilobytes that are left for everybody else.
     const LEFT: u64 = 40 << 10;
 
@@ -256,8 +257,11 @@ impl Crowded {
             hog: Some(Child::spawn()?),
             _brief,
         };
+        // Who unmerges comes first. But then any page fault of anybody asks for another victim, which has to be the hog.
+        for sharer in &crowded.sharers {
+            favour(&sharer.child)?;
+        }
         let hog = crowded.hog.as_mut().context("a hog")?;
-        protect(hog, true)?;
         // In steps, as the kernel gets some back from its caches on the way.
         wait::until_or_explain("memory is used up", PATIENCE, || {
             let left = procfs::meminfo("MemAvailable")?;
@@ -281,7 +285,10 @@ impl Crowded {
     }
 
     fn make_room(&mut self) -> Result<()> {
-        self.hog.take().map_or(Ok(()), Child::kill)
+        match self.hog.take() {
+            Some(hog) if hog.alive()? => hog.kill(),
+            _ => Ok(()),
+        }
     }
 
     fn ksm_pages(&self) -> Result<usize> {

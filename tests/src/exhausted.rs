@@ -30,6 +30,12 @@ pub fn protect(child: &Child, protect: bool) -> Result<()> {
     fs::write(&path, score).context(path)
 }
 
+/// Has a process killed for want of memory after others of its size.
+pub fn favour(child: &Child) -> Result<()> {
+    let path = format!("/proc/{}/oom_score_adj", child.pid());
+    fs::write(&path, "-100").context(path)
+}
+
 /// Keeps lists of all tasks out of the log, as long as it lives: there would be hundreds.
 #[derive(Debug)]
 pub struct Brief(String);
